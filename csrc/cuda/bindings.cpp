@@ -1,0 +1,63 @@
+// Registers the CUDA kernels. Needs no CUDA header: the launchers take the stream as void*.
+// USE_CUDA only uncovers the declarations of the CUDA functions in the C shim, which a CPU build of torch
+// ships too; the symbols are found when the library is loaded under a CUDA build.
+#define USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "../disjoint_masks_op.h"
+#include "disjoint_masks.h"
+
+namespace pera_fast {
+namespace {
+
+void* current_stream(int32_t device_index) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  return stream;
+}
+
+void check_launch(const char* op, int error) {
+  if (error == 0) return;
+  char* message = nullptr;
+  torch_c10_cuda_check_msg(error, __FILE__, op, __LINE__, true, &message);
+  std::string text = std::string(op) + ": launch failed with CUDA error " + std::to_string(error);
+  if (message != nullptr) {
+    text += std::string(": ") + message;
+    torch_c10_cuda_free_error_msg(message);
+  }
+  STD_TORCH_CHECK(false, text);
+}
+
+Masks disjoint_masks(
+    const torch::stable::Tensor& crop_index, int64_t seed, int64_t step, int64_t num_patches,
+    int64_t num_student, int64_t num_target) {
+  STD_TORCH_CHECK(
+      num_patches <= kMaxPatchesCuda, "num_patches: expected at most ", kMaxPatchesCuda, " on CUDA, got ",
+      num_patches);
+  torch::stable::accelerator::DeviceGuard guard(crop_index.get_device_index());
+  Masks masks = new_masks(crop_index, step, num_patches, num_student, num_target);
+  const int64_t crops = crop_index.sizes()[0];
+  if (crops == 0 || num_patches == 0) return masks;
+  STD_TORCH_CHECK(crops <= INT32_MAX, "crop_index: expected fewer than 2**31 crops, got ", crops);
+  check_launch(
+      "disjoint_masks",
+      launch_disjoint_masks(
+          crop_index.const_data_ptr<int64_t>(), crop_index.stride(0), crops, static_cast<uint64_t>(seed),
+          static_cast<uint32_t>(step), static_cast<int>(num_patches), static_cast<int>(num_student),
+          static_cast<int>(num_target), std::get<0>(masks).mutable_data_ptr<int64_t>(),
+          std::get<1>(masks).mutable_data_ptr<int64_t>(), std::get<2>(masks).mutable_data_ptr<int64_t>(),
+          current_stream(crop_index.get_device_index())));
+  return masks;
+}
+
+}  // namespace
+}  // namespace pera_fast
+
+STABLE_TORCH_LIBRARY_IMPL(pera_fast, CUDA, m) {
+  m.impl("disjoint_masks", TORCH_BOX(&pera_fast::disjoint_masks));
+}

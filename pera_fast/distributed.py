@@ -1,0 +1,68 @@
+"""The few things one rank needs to know of the others. One process without torchrun is rank 0 of 1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pera_fast.config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every rank's tensor of the same shape, by rank, without gradient."""
+        values = values.detach().contiguous()
+        if self.ranks == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.ranks)]
+        dist.all_gather(parts, values)
+        return parts
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+
+@contextmanager
+def world(device_name: str) -> Iterator[World]:
+    """Join the ranks that torchrun started; NCCL on CUDA, gloo on CPU. Leaves the group at the end."""
+    ranks, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    has_cuda = torch.cuda.is_available()
+    if device_name == "cuda" and not has_cuda:
+        raise ConfigError("device: expected a machine with a CUDA GPU, got none that this torch can use")
+    use_cuda = has_cuda and device_name != "cpu"
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if ranks > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    try:
+        yield World(int(os.environ.get("RANK", "0")), ranks, device)
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()

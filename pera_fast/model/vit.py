@@ -1,0 +1,197 @@
+"""A vision transformer over packed rows: every sequence's tokens lie one after the other in one matrix.
+
+Parameter names are the field's (DINO, timm), so weights move in and out by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pera_fast import ops
+from pera_fast.config import ModelConfig
+
+Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The rows one residual branch works on; all of them when rows is None."""
+
+    groups: Groups
+    rows: Tensor | None = None  # int64 [r]
+    scale: Tensor | None = None  # float32 [r], b / subset size of the row's group
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(ops.packed_attention(qkv, groups).flatten(1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Parameters of one pre-norm block; `VisionTransformer.blocks_forward` runs its two branches."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+
+class PatchEmbed(nn.Module):
+    """A patch's pixels to a token: the convolution of the usual ViT, applied to chosen patches only."""
+
+    def __init__(self, patch_px: int, in_bands: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_bands, dim, kernel_size=patch_px, stride=patch_px)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., in_bands * patch_px**2] in (band, row, column) order -> [..., dim]."""
+        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """ViT with learned positions and a CLS token: pre-norm, GELU (erf), qkv bias, LayerNorm eps 1e-6."""
+
+    def __init__(self, config: ModelConfig, image_px: int) -> None:
+        super().__init__()
+        self.patch_px = config.patch_px
+        self.grid = image_px // config.patch_px
+        dim = config.embed_dim
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2 + 1, dim))
+        self.patch_embed = PatchEmbed(config.patch_px, config.in_bands, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        self.blocks.apply(init_linear)
+
+    def positions(self, grid_height: int, grid_width: int) -> Tensor:
+        """Position of every patch of a grid, float32 [height * width, D].
+
+        Bicubic from the square table, with the 0.1 that DINO adds to the target size before it forms the
+        scale factor: it shifts the sampling points, so weights trained with it need it.
+        """
+        table = self.pos_embed[0, 1:].float()
+        if (grid_height, grid_width) == (self.grid, self.grid):
+            return table
+        resized = F.interpolate(
+            table.reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2),
+            scale_factor=((grid_height + 0.1) / self.grid, (grid_width + 0.1) / self.grid),
+            mode="bicubic",
+        )
+        return resized.flatten(2)[0].T
+
+    def embed(self, patch_rows: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
+        """Tokens of chosen patches, CLS first. [b, n, C·p²], indices [b, n], [L, D] -> [b, 1 + n, D]."""
+        tokens = self.patch_embed(patch_rows) + positions[patches]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return torch.cat((cls.to(tokens.dtype), tokens), dim=1)
+
+    def blocks_forward(self, x: Tensor, blocks: slice, subsets: Sequence[Subset]) -> Tensor:
+        """Run some of the blocks on x [rows, D]; subsets: one per branch (attention, MLP, attention, …)."""
+        branches = [
+            pair for b in self.blocks[blocks] for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))
+        ]
+        output, last = None, Subset(())
+        for (norm, branch), subset in zip(branches, subsets, strict=True):
+            x, normed = ops.residual_norm(
+                x, output, last.rows, last.scale, subset.rows, norm.weight, norm.bias, norm.eps
+            )
+            output, last = branch(normed, subset.groups), subset
+        return x if output is None else ops.residual_add(x, output, last.rows, last.scale)
+
+    def norm_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The final LayerNorm, of chosen rows only. x [R, D], rows int64 [r] -> [r, D]."""
+        norm = self.norm
+        return ops.residual_norm(x, None, None, None, rows, norm.weight, norm.bias, norm.eps)[1]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of whole images: normalised [b, C, H, W] -> (CLS [b, D], patches [b, L, D]), after the norm.
+
+        Height and width: multiples of patch_px, else ValueError.
+        """
+        batch, _, height, width = images.shape
+        grid_height, grid_width = height // self.patch_px, width // self.patch_px
+        if min(height, width) < 1 or (grid_height * self.patch_px, grid_width * self.patch_px) != (height, width):
+            raise ValueError(
+                f"images: expected height and width in multiples of {self.patch_px}, got {height}x{width}"
+            )
+        rows = F.unfold(images, self.patch_px, stride=self.patch_px).mT
+        every_patch = torch.arange(rows.shape[1], device=rows.device).expand(batch, -1)
+        x = self.embed(rows, every_patch, self.positions(grid_height, grid_width))
+        length = x.shape[1]
+        subsets = [Subset([(batch, length)])] * (2 * len(self.blocks))
+        x = self.blocks_forward(x.flatten(0, 1), slice(None), subsets)
+        normed = ops.residual_norm(x, None, None, None, None, self.norm.weight, self.norm.bias, self.norm.eps)[1]
+        tokens = normed.unflatten(0, (batch, length))
+        return tokens[:, 0], tokens[:, 1:]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal of deviation .02 and zero bias, as the authors initialise every linear layer."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: logits = z · (g v/‖v‖)ᵀ; g starts at 1."""
+
+    def __init__(self, in_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, in_dim))
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # nn.Linear's own
+
+    def forward(self, z: Tensor) -> Tensor:
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        return F.linear(z, weight)
+
+
+class Head(nn.Module):
+    """MLP to an L2-normalised bottleneck; its last layer holds the prototypes or pixel outputs."""
+
+    def __init__(self, config: ModelConfig, out_dim: int) -> None:
+        super().__init__()
+        widths = [
+            config.embed_dim, *[config.head_hidden_dim] * (config.head_layers - 1), config.head_bottleneck_dim
+        ]  # fmt: skip
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            layers += ([nn.GELU()] if i else []) + [nn.Linear(fan_in, fan_out)]
+        self.mlp = nn.Sequential(*layers).apply(init_linear)
+        self.last_layer = Prototypes(config.head_bottleneck_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, embed_dim] -> unit rows [n, bottleneck] in float32 or better; the last layer is the caller's."""
+        z = self.mlp(x)
+        # Normalising in float32 keeps unit length to 1e-7 where bfloat16 would leave 1e-2.
+        z = z if z.dtype == torch.float64 else z.float()
+        return F.normalize(z, dim=-1, eps=1e-12)

@@ -1,0 +1,23 @@
+"""The ops: one file each, with its public function, argument checks and backends."""
+
+from pera_fast.ops._dispatch import BackendError
+from pera_fast.ops.adamw_ema import adamw_ema
+from pera_fast.ops.crop_patches import CropTable, crop_patches
+from pera_fast.ops.disjoint_masks import disjoint_masks
+from pera_fast.ops.distill_loss import distill_loss, koleo, mean_prototype_logit
+from pera_fast.ops.packed_attention import packed_attention
+from pera_fast.ops.residual_norm import residual_add, residual_norm
+
+__all__ = [
+    "BackendError",
+    "CropTable",
+    "adamw_ema",
+    "crop_patches",
+    "disjoint_masks",
+    "distill_loss",
+    "koleo",
+    "mean_prototype_logit",
+    "packed_attention",
+    "residual_add",
+    "residual_norm",
+]

@@ -1,0 +1,275 @@
+"""What surrounds the steps of a run: where it starts, what it records, when it stops."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import pera_fast
+from pera_fast import checkpoint
+from pera_fast.config import Config, ConfigError, save_yaml, to_dict
+from pera_fast.data.loader import Batch, WindowDataset, make_loader
+from pera_fast.data.sources import DataError, SceneIndex, scan
+from pera_fast.data.statistics import Statistics, compute_statistics
+from pera_fast.distributed import World
+from pera_fast.engine import Engine, StepReport
+from pera_fast.evaluate import class_folder_tiles, compare_with_untrained, knn, scene_halves
+from pera_fast.report import write_report
+from pera_fast.schedules import Schedules, StepValues
+
+_log = logging.getLogger("pera_fast")
+DEMO_SCENES = Path(pera_fast.__file__).parent / "demo"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; its text is one sentence for the user."""
+
+
+class Run:
+    """Data, engine, schedules and records of one run on one rank."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.out = Path(config.run.out)
+        found = self._checkpoint() if config.run.resume else None
+        self.index: SceneIndex = scan(config.data.data or DEMO_SCENES, config.data.max_bad_share)
+        self.statistics = found.statistics if found else self._statistics()
+        self.dataset = WindowDataset(self.index, self.statistics, config)
+        self.engine = Engine(config, self.statistics, world)
+        self.schedules = Schedules.of(config, len(self.dataset), world.ranks)
+        self.total_steps = min(self.schedules.total_steps, config.run.max_steps or 10**12)
+        self.start_step = 0
+        if found:
+            found.restore(self.engine.model, self.engine.optimizer)
+            self.start_step = found.step
+            _log.info("going on from step %d of %s", found.step, found.path)
+        self.records = Records(self.out, config, world, self.start_step, self.total_steps)
+        self._bad: dict[str, str] = {}
+        self._skipped_in_a_row = 0
+
+    def loader(self) -> DataLoader[Batch]:
+        """This rank's batches from the start step on, one per forward pass."""
+        pin = self.world.device.type == "cuda"
+        return make_loader(
+            self.dataset, self.start_step, self.total_steps, self.world.rank, self.world.ranks, pin
+        )
+
+    def after_step(
+        self, step: int, report: StepReport, values: StepValues, batches: Sequence[Batch], waited: float
+    ) -> None:
+        """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
+        run, done = self.config.run, step + 1
+        self._count_bad(batches)
+        images = run.batch_size * run.accumulate * self.world.ranks
+        epoch = done * images / len(self.dataset)
+        self.records.step(done, epoch, report, values, images, waited, len(self._bad))
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
+        if self._skipped_in_a_row >= run.max_skipped:
+            raise TrainingStopped(
+                f"the loss or gradient was not finite in {run.max_skipped} steps in a row up to step {done}; "
+                f"the last good checkpoint is in {self.out / 'checkpoints'}"
+            )
+        if self.world.is_first and (done % run.checkpoint_every == 0 or done == self.total_steps):
+            checkpoint.save(
+                self.out / "checkpoints", done, self.engine.model, self.engine.optimizer, self.config,
+                self.statistics, run.keep_checkpoints,
+            )  # fmt: skip
+        if run.eval_every and done % run.eval_every == 0 and run.eval_train and run.eval_val:
+            self._evaluate_now(done)
+
+    def finish(self) -> None:
+        """k-NN against the untrained network where there is something to classify, and the report."""
+        self.records.close()
+        if not self.world.is_first:
+            return
+        opened = checkpoint.Checkpoint.open(self.out)
+        if self.config.run.eval_train and self.config.run.eval_val:
+            tiles = class_folder_tiles(self.config.run.eval_train), class_folder_tiles(self.config.run.eval_val)
+        elif self.config.data.data is None:
+            tiles = scene_halves(self.index.scenes)
+        else:
+            tiles = None
+        if tiles is not None:
+            result = compare_with_untrained(
+                opened.teacher(), self.config, self.statistics, *tiles, device=self.world.device
+            )
+            (self.out / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+            _log.info(
+                "k-NN top-1 %.1f %%, untrained network %.1f %%",
+                100 * result["top1"], 100 * result["untrained_top1"],
+            )  # fmt: skip
+        path = write_report(
+            self.out, backbone=opened.teacher(), config=self.config, statistics=self.statistics,
+            scenes=self.index.scenes,
+        )  # fmt: skip
+        _log.info("report: %s", path)
+
+    def _evaluate_now(self, step: int) -> None:
+        """k-NN of the teacher as it is, on rank 0, into metrics.jsonl and TensorBoard."""
+        run = self.config.run
+        if self.world.is_first and run.eval_train and run.eval_val:
+            teacher = self.engine.model.teacher["backbone"]
+            tiles = class_folder_tiles(run.eval_train), class_folder_tiles(run.eval_val)
+            result = knn(teacher, self.config, self.statistics, *tiles, device=self.world.device)
+            self.records.value(step, "knn_top1", result["top1"])
+
+    def _checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, None when there is none yet; it must be of the same networks."""
+        if not checkpoint.complete(self.out / "checkpoints"):
+            _log.info("no checkpoint in %s yet: starting at step 0", self.out)
+            return None
+        found = checkpoint.Checkpoint.open(self.out)
+        then, now = to_dict(found.config), to_dict(self.config)
+        for section in ("model", "crops"):
+            for name, value in now[section].items():
+                if then[section][name] != value:
+                    raise ConfigError(
+                        f"{name}: expected {then[section][name]} as in {found.path}, which --resume goes on "
+                        f"from, got {value}"
+                    )
+        return found
+
+    def _statistics(self) -> Statistics:
+        """Of the --stats file, or of a sample of the data, computed on rank 0."""
+        data = self.config.data
+        if data.stats:
+            try:
+                return Statistics.from_json(Path(data.stats).read_text(encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(f"stats: cannot read {data.stats}: {error.strerror}") from None
+        computed = None
+        if self.world.is_first:
+            computed = compute_statistics(
+                self.index.scenes, bands=data.bands, in_bands=self.config.model.in_bands, nodata=data.nodata
+            )
+        return self.world.share(computed)
+
+    def _count_bad(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            for path, reason in batch.bad:
+                if path not in self._bad:
+                    self._bad[path] = reason
+                    _log.warning("skipped %s: %s", path, reason)
+        bad, all_images = len(self._bad) + len(self.index.bad), len(self.index.scenes) + len(self.index.bad)
+        if bad > self.config.data.max_bad_share * all_images:
+            raise DataError(
+                f"{bad} of {all_images} images cannot be read, more than max_bad_share = "
+                f"{self.config.data.max_bad_share:g} allows"
+            )
+
+
+class Records:
+    """metrics.jsonl, TensorBoard events, config.yaml and the progress bar; silent on ranks after the first."""
+
+    def __init__(self, out: Path, config: Config, world: World, start_step: int, total_steps: int) -> None:
+        self.out, self.config, self.world = out, config, world
+        self._skipped_steps, self._images, self._waited = 0, 0, 0.0
+        self._since = time.perf_counter()
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", disable=not world.is_first, dynamic_ncols=True,
+            mininterval=1.0,
+        )  # fmt: skip
+        if not world.is_first:
+            return
+        if start_step == 0:
+            move_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, out / "config.yaml")
+        self._metrics_path = out / "metrics.jsonl"
+        self._forget_after(start_step)
+        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+
+    def step(
+        self, step: int, epoch: float, report: StepReport, values: StepValues, images: int, waited: float, bad: int
+    ) -> None:
+        """Take note of one step; every log_every steps, and at the last, write what came together."""
+        self._skipped_steps += report.skipped
+        self._images += images
+        self._waited += waited
+        self._bar.update()
+        if step % self.config.run.log_every and step != self._bar.total:
+            return
+        seconds = time.perf_counter() - self._since
+        line = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": report.losses["total"],
+            **{name: value for name, value in report.losses.items() if name != "total"},
+            "lr": values.lr,
+            "weight_decay": values.weight_decay,
+            "momentum": values.momentum,
+            "teacher_temperature": values.teacher_temperature,
+            "grad_norm": report.grad_norm,
+            "images_per_second": self._images / seconds,
+            "data_wait_share": self._waited / seconds,
+            "peak_memory_bytes": _peak_memory_bytes(self.world.device),
+            "skipped_steps": self._skipped_steps,
+            "bad_images": bad,
+        }
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", images_per_second=f"{line['images_per_second']:.1f}")
+        self._write(line)
+        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def value(self, step: int, name: str, value: float) -> None:
+        """Record one value outside the regular lines; the time since the last line does not count."""
+        self._write({"step": step, name: value})
+        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self.world.is_first:
+            self._tensorboard.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self.world.is_first:
+            return
+        with self._metrics_path.open("a", encoding="utf-8") as file:
+            # JSON has no NaN; null keeps the line readable by every parser.
+            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            file.write(json.dumps(plain) + "\n")
+        for name, value in line.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, line["step"])
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines of steps that a resumed run does again, and a line cut short by a crash."""
+        if not self._metrics_path.exists():
+            return
+        kept = []
+        for text in self._metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(text)["step"] <= step:
+                    kept.append(text + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        replacement = self._metrics_path.with_suffix(".tmp")
+        replacement.write_text("".join(kept), encoding="utf-8")
+        replacement.replace(self._metrics_path)
+
+
+def move_aside(out: Path) -> None:
+    """Rename an earlier run's folder, so that a new run of the same name loses nothing."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    number = 1
+    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+        number += 1
+    out.rename(aside)
+    _log.info("the earlier run in %s is now in %s", out, aside)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

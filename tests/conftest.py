@@ -1,0 +1,86 @@
+"""What several tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pera_fast.config import PRESETS, Config, CropConfig, ModelConfig, OptimConfig
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+def shared_file(name: str) -> Path:
+    """A file that is too large for the repository; the test is skipped where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside this checkout")
+    return path
+
+
+def tiny_config(**run: object) -> Config:
+    """A config whose step takes milliseconds; in float32 without drop path, so that runs can be compared."""
+    config = Config(
+        model=ModelConfig(
+            embed_dim=32, depth=2, num_heads=2, patch_px=8, drop_path=0.0, head_hidden_dim=32,
+            head_bottleneck_dim=16, num_prototypes=64,
+        ),
+        crops=CropConfig(global_px=40, local_px=24, num_local=2),
+        data=replace(PRESETS["demo"].data, workers=0, window_px=64),
+        optim=OptimConfig(warmup_epochs=1, teacher_temperature_warmup_epochs=2),
+    )  # fmt: skip
+    defaults: dict[str, object] = {"precision": "fp32", "device": "cpu", "batch_size": 4, "epochs": 4}
+    return replace(config, run=replace(config.run, **{**defaults, **run}))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Twelve small RGB images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(12):
+        low = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(low).resize((72, 64)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def run_module(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m …` in a fresh process on one thread per library."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def three_way(
+    function: Callable[..., torch.Tensor], eager: Callable[..., torch.Tensor], *inputs: torch.Tensor, slack: float
+) -> None:
+    """error(function vs float64) <= error(eager in the same dtype vs float64) + slack, outputs and gradients."""
+    errors = []
+    exact = _outputs_and_gradients(eager, [x.double() for x in inputs])
+    for f in (function, eager):
+        got = _outputs_and_gradients(f, list(inputs))
+        errors.append([(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(got, exact, strict=True)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours <= theirs + slack, f"error {ours:.3g} against {theirs:.3g} of eager PyTorch"
+
+
+def _outputs_and_gradients(f: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    output = f(*leaves)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view(output.shape)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]

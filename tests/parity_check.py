@@ -1,0 +1,199 @@
+"""Replay recorded steps of the authors' implementation and print how far ours is from it.
+
+    python tests/parity_check.py FILE.pt
+
+FILE holds hparams, init_state (the official checkpoint's names) and steps with inputs, permutations,
+drop-path subsets, losses, gradients and the state after the update; sizes come from its hparams. Prints one
+JSON object; exit code 1 when a bound is broken. Runs on the backends that PERA_FAST_BACKEND selects.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pera_fast.config import Config, CropConfig, ModelConfig, OptimConfig
+from pera_fast.model.pera import CropGroup, PerA, make_subsets
+from pera_fast.optim import AdamWEMA
+from pera_fast.reference import patchify
+
+BOUNDS = {"losses": 1e-5, "gradients": 1e-5, "parameters": 2e-6}
+
+
+def config_of(hparams: dict[str, Any]) -> Config:
+    return Config(
+        model=ModelConfig(
+            embed_dim=hparams["embed_dim"],
+            depth=hparams["depth"],
+            num_heads=hparams["num_heads"],
+            mlp_ratio=hparams["mlp_ratio"],
+            patch_px=hparams["patch"],
+            drop_path=hparams["drop_path"],
+            head_hidden_dim=hparams["head_hidden"],
+            head_bottleneck_dim=hparams["bottleneck"],
+            head_layers=hparams["head_layers"],
+            num_prototypes=hparams["head_out_dim"],
+        ),
+        crops=CropConfig(
+            global_px=hparams["global_crop"],
+            local_px=hparams["local_crop"],
+            num_global=hparams["num_global"],
+            num_local=hparams["num_local"],
+            student_ratio=hparams["s_ratio"],
+            teacher_ratio=hparams["t_ratio"],
+        ),
+        optim=OptimConfig(
+            koleo_weight=hparams["koleo_weight"],
+            pixel_weight=hparams["mae_weight"],
+            student_temperature=hparams["student_temp"],
+            centre_momentum=hparams["center_momentum"],
+            clip_norm=hparams["clip"],
+            betas=tuple(hparams["betas"]),
+            eps=hparams["eps"],
+        ),
+    )
+
+
+def ours(name: str) -> str:
+    """The official checkpoint's parameter name -> ours."""
+    renames = (("s_mask_token", "mask_token"), ("pred_head.mlp0.mlp", "pixel_head.mlp"), ("pred_head", "pixel_head"))
+    for old, new in renames:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def crop_group(
+    student: Tensor, teacher: Tensor, ranks: Tensor, counts: dict[str, int], patch_px: int, targets: bool
+) -> CropGroup:
+    """Patches of full crops by the recorded permutation: rank < student, < student_plus_target, the rest."""
+    order = ranks.argsort(dim=1)
+    cuts = (counts["student"], counts["student_plus_target"])
+    picked = [part.sort(dim=1).values for part in order.tensor_split(cuts, dim=1)]
+    if not targets:
+        picked[1] = picked[1][:, :0]
+    rows = [
+        torch.stack([patchify(image, patch_px, layout)[chosen] for image, chosen in zip(images, patches, strict=True)])
+        for images, layout, patches in zip(
+            (student, student, teacher), ("cpq", "pqc", "cpq"), picked, strict=True
+        )
+    ]
+    return CropGroup(rows[0], picked[0], rows[2], picked[2], rows[1], picked[1])
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """‖got - want‖ / ‖want‖; where the reference is exactly 0, ‖got‖."""
+    got, want = got.double(), want.double()
+    scale = want.norm().item()
+    return (got - want).norm().item() / (scale or 1.0)
+
+
+def check_step(model: PerA, optimizer: AdamWEMA, hparams: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+    inputs, depth = step["inputs"], hparams["depth"]
+    groups = [
+        crop_group(
+            inputs["S_global"], inputs["T_global"], step["global_noise_sort"], hparams["global_counts"],
+            hparams["patch"], True,
+        )
+    ]  # fmt: skip
+    if hparams["num_local"]:
+        groups.append(
+            crop_group(
+                inputs["S_local"], inputs["T_local"], step["local_noise_sort"], hparams["local_counts"],
+                hparams["patch"], False,
+            )
+        )  # fmt: skip
+    recorded = step["drop_path_branges"]
+    per_branch = len(groups)
+    chosen = [recorded[i : i + per_branch] for i in range(0, len(recorded), per_branch)] or None
+    subsets = make_subsets(groups, depth, chosen)
+
+    model.zero_grad()
+    centre_used = model.centre.clone()
+    losses = model(groups, subsets, step["teacher_temp"])
+    losses.total.backward()
+    centre_after = model.next_centre(losses.z_teacher_sum / sum(len(g.teacher_rows) for g in groups))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = optimizer.step(lr=step["lr"], weight_decay=step["wd"], momentum=step["momentum"])
+    model.centre.copy_(centre_after)
+
+    num_global, crops = hparams["num_global"], hparams["num_global"] + hparams["num_local"]
+    components = {
+        "global_dino_loss": losses.distill[:num_global].sum() / crops,
+        "local_dino_loss": losses.distill[num_global:].sum() / crops,
+        "koleo_loss": losses.koleo,
+        "mae_loss": losses.pixel / (100 * num_global),
+        "total_loss": losses.total.detach(),
+    }
+    want = {**step["loss_components"], "total_loss": step["total_loss"]}
+    result: dict[str, Any] = {
+        "losses": {name: relative(value, want[name]) for name, value in components.items() if name in want},
+        "grad_norm": relative(norm, step["grad_norm_before_clip"]),
+        "koleo_neighbours_equal": torch.equal(losses.koleo_neighbours, torch.stack(list(step["koleo_nn"]))),
+    }
+    for key, value in (("center_used", centre_used), ("center_after", centre_after)):
+        if key in step:
+            result[key] = (value - step[key].flatten()).abs().max().item()
+    if "grads_before_clip" in step:
+        result["gradients"] = {
+            name: relative(gradients[ours(name)], grad) for name, grad in step["grads_before_clip"].items()
+        }
+    if "state_after" in step:
+        state = model.state_dict()
+        result["parameters"] = {
+            name: (state[ours(name)] - value).abs().max().item() for name, value in step["state_after"].items()
+        }
+    return result
+
+
+def check(path: str) -> dict[str, Any]:
+    """Worst errors over the recorded steps, and whether each bound holds."""
+    recorded = torch.load(path, weights_only=True)
+    hparams = recorded["hparams"]
+    model = PerA(config_of(hparams))
+    state = {ours(name): value for name, value in recorded["init_state"].items()}
+    model.load_state_dict({**state, "centre": torch.zeros_like(model.centre)}, strict=True)
+    optimizer = AdamWEMA(
+        model.ema_pairs(), betas=tuple(hparams["betas"]), eps=hparams["eps"], clip_norm=hparams["clip"]
+    )
+    steps = [check_step(model, optimizer, hparams, step) for step in recorded["steps"]]
+
+    def worst(key: str) -> float:
+        values = [s[key] for s in steps if key in s]
+        return max(max(v.values()) if isinstance(v, dict) else v for v in values)
+
+    components = steps[0]["losses"]
+    report: dict[str, Any] = {
+        "file": path.rsplit("/", 1)[-1],
+        "steps": len(steps),
+        "loss_relative_error": {name: max(s["losses"][name] for s in steps) for name in components},
+        "gradient_relative_error": worst("gradients"),
+        "grad_norm_relative_error": worst("grad_norm"),
+        "parameter_absolute_error": worst("parameters"),
+        "centre_absolute_error": max(worst("center_used"), worst("center_after")),
+        "koleo_neighbours_equal": all(s["koleo_neighbours_equal"] for s in steps),
+        "tensors_compared": {
+            "gradients": sum(len(s.get("gradients", ())) for s in steps),
+            "parameters": sum(len(s.get("parameters", ())) for s in steps),
+        },
+        "bounds": BOUNDS,
+    }
+    report["within_bounds"] = bool(
+        max(report["loss_relative_error"].values()) <= BOUNDS["losses"]
+        and max(report["gradient_relative_error"], report["grad_norm_relative_error"]) <= BOUNDS["gradients"]
+        and max(report["parameter_absolute_error"], report["centre_absolute_error"]) <= BOUNDS["parameters"]
+        and report["koleo_neighbours_equal"]
+    )
+    return report
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/parity_check.py FILE.pt")
+    outcome = check(sys.argv[1])
+    print(json.dumps(outcome, indent=2))
+    sys.exit(0 if outcome["within_bounds"] else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def to_unit(pixels: np.ndarray, dtype: str, statistics: Statistics) -> Tensor:
-    """Source values [C, H, W] of the named dtype to float32 in 0..1. DataError for a dtype without a scale."""
+    """Source values [C, H, W] of the named dtype to float32 in 0..1; DataError if it has no scale."""
     low, high = (torch.from_numpy(limit).float()[:, None, None] for limit in statistics.scale_of(dtype))
     image = torch.from_numpy(pixels.astype(np.float32))
     return ((image - low) / (high - low)).clamp_(0, 1)
@@ -72,7 +73,8 @@ def normalise(image: Tensor, statistics: Statistics, config: Config) -> Tensor:
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Antialiased bilinear, as training cuts its crops. [C, H, W] -> [C, height, width]."""
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
+    size = (height, width)
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def to_input(pixels: np.ndarray, dtype: str, statistics: Statistics, config: Config, px: int) -> Tensor:
@@ -128,18 +130,15 @@ def _inputs(
     tiles: Sequence[Tile], config: Config, statistics: Statistics
 ) -> Iterator[tuple[Tile, Tensor | UnreadableImage]]:
     """Every tile in order with its network input, or why it has none; decoded a few scenes ahead."""
-    tasks = list(_tasks(tiles))
-    pending: list[Future[list[Tensor | UnreadableImage]]] = []
+    pending: deque[tuple[list[Tile], Future[list[Tensor | UnreadableImage]]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for i, task in enumerate(tasks):
-                while len(pending) < len(tasks) and len(pending) <= i + 2 * _THREADS:
-                    pending.append(pool.submit(_read, tasks[len(pending)], config, statistics))
-                yield from zip(task, pending[i].result(), strict=True)
-                pending[i] = Future()  # lets go of the tensors
-        finally:
-            for future in pending:
-                future.cancel()
+        for task in _tasks(tiles):
+            pending.append((task, pool.submit(_read, task, config, statistics)))
+            if len(pending) > 2 * _THREADS:
+                oldest, future = pending.popleft()
+                yield from zip(oldest, future.result(), strict=True)
+        for oldest, future in pending:
+            yield from zip(oldest, future.result(), strict=True)
 
 
 def _tasks(tiles: Sequence[Tile]) -> Iterator[list[Tile]]:

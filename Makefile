@@ -1,0 +1,41 @@
+# `make train` and `make test` do all the set-up on a fresh machine: Python >= 3.10 and a C++ compiler.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell echo ,gpu))
+
+.PHONY: train test bench lint gpu clean
+
+train: $(READY)
+	$(BIN)/python -m pera_fast.train $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+# One file per machine and day under bench/results/, then the README's tables from it.
+bench: $(READY)
+	$(BIN)/python -m pytest bench/ --benchmark-only -q --benchmark-json=.benchmark.json $(ARGS)
+	$(BIN)/python bench/results.py save .benchmark.json
+	$(BIN)/python bench/results.py readme
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Build, GPU tests, memory checker, benchmarks: everything lands in $$OUT (default: gpu_out).
+gpu:
+	@if command -v nvidia-smi >/dev/null; then bash bench/gpu.sh; else echo "no GPU found"; fi
+
+# torch goes first: the extension is then built against the very torch it will run with.
+$(READY): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python >= 3.10 is needed, got " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,80 @@
+"""Loads the compiled libraries, each once, and says in a few words why one is missing.
+
+`_C.so` holds the schemas and the CPU kernels, `_C_cuda.so` the CUDA kernels; setup.py builds both. Nothing
+here raises: a machine without them runs the other backends.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def build_info() -> dict[str, Any] | None:
+    """How the libraries were built (compiler, flags, torch, CUDA architectures), or None when they were not."""
+    try:
+        info = json.loads((_PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return info if isinstance(info, dict) else None
+
+
+def _load(name: str, why_not_built: str) -> str | None:
+    file = _PACKAGE / f"{name}.so"
+    if not file.is_file():
+        return why_not_built
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        return f"library does not load: {error}"
+    return None
+
+
+@functools.cache
+def why_no_cpp() -> str | None:
+    """None when the CPU library is loaded (the first call loads it), else the reason."""
+    return _load("_C", "library not built (pip install -e . builds it)")
+
+
+@functools.cache
+def _why_no_cuda_library() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is a CPU build"
+    if (reason := why_no_cpp()) is not None:  # it holds the schemas
+        return reason
+    built = (build_info() or {}).get("cuda", {})
+    return _load("_C_cuda", f"library not built ({built.get('missing', 'pip install -e . builds it')})")
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU visible"
+    built = (build_info() or {}).get("cuda", {}).get("archs")
+    capability = torch.cuda.get_device_capability()
+    if built and not any(_runs_on(arch, capability) for arch in built):
+        return f"library built for {', '.join(built)}, GPU is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `arch` ("80", "90a", "90+PTX") runs on a GPU of this compute capability."""
+    number = arch.removesuffix("+PTX")
+    major, minor = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):  # this very architecture only
+        return (major, minor) == capability
+    if major == capability[0] and minor <= capability[1]:
+        return True
+    return arch.endswith("+PTX") and (major, minor) <= capability
+
+
+def why_no_cuda() -> str | None:
+    """None when the CUDA library is loaded (the first call loads it) and a GPU can run it, else the reason."""
+    return _why_no_cuda_library() or _why_no_gpu()

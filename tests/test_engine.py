@@ -1,0 +1,164 @@
+"""The step: equal results however a batch is shared out, resume to the bit, steps that must not count."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from pera_fast import checkpoint
+from pera_fast.config import Config
+from pera_fast.data.loader import WindowDataset, make_loader
+from pera_fast.data.sources import scan
+from pera_fast.data.statistics import compute_statistics
+from pera_fast.distributed import World, world
+from pera_fast.engine import Engine, StepReport
+from pera_fast.schedules import Schedules
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+def run(
+    folder: Path, config: Config, stop: int, start: int = 0, engine: Engine | None = None, on: World = ONE
+) -> tuple[Engine, list[StepReport]]:
+    """Steps start..stop on the images of a folder."""
+    index = scan(folder)
+    statistics = compute_statistics(index.scenes, bands=None, in_bands=config.model.in_bands)
+    dataset = WindowDataset(index, statistics, config)
+    engine = engine or Engine(config, statistics, on)
+    schedules = Schedules.of(config, len(dataset), on.ranks)
+    batches = iter(make_loader(dataset, start, stop, on.rank, on.ranks))
+    reports = [
+        engine.step(step, [next(batches) for _ in range(config.run.accumulate)], schedules.at(step))
+        for step in range(start, stop)
+    ]
+    return engine, reports
+
+
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    moments = {
+        f"{key}.{i}": value
+        for i, s in engine.optimizer.state_dict()["state"].items()
+        for key, value in s.items()
+    }
+    return {**engine.model.state_dict(), **moments}
+
+
+def assert_near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: float) -> None:
+    assert got.keys() == want.keys()
+    worst = max((float((got[k] - want[k]).abs().max()), k) for k in want)
+    assert worst[0] <= bound, worst
+
+
+def test_accumulation_equals_the_large_batch(image_folder: Path) -> None:
+    large, large_reports = run(image_folder, tiny_config(batch_size=8), 3)
+    parts, parts_reports = run(image_folder, tiny_config(batch_size=2, accumulate=4), 3)
+    assert_near(state(parts), state(large), 1e-5)
+    for a, b in zip(parts_reports, large_reports, strict=True):
+        assert a.losses == pytest.approx(b.losses, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+
+
+def test_without_local_crops(image_folder: Path) -> None:
+    config = tiny_config()
+    engine, reports = run(image_folder, replace(config, crops=replace(config.crops, num_local=0)), 2)
+    assert reports[-1].losses["distill_local"] == 0 and reports[-1].losses["total"] > 0
+
+
+@pytest.mark.parametrize("bands", [1, 4])
+def test_other_band_counts(tmp_path: Path, bands: int) -> None:
+    import numpy as np
+    import rasterio
+
+    for i in range(4):
+        with rasterio.open(
+            tmp_path / f"{i}.tif", "w", driver="GTiff", height=50, width=60, count=bands, dtype="uint16"
+        ) as file:
+            file.write(np.random.default_rng(i).integers(0, 9000, (bands, 50, 60), dtype=np.uint16))
+    config = tiny_config()
+    engine, reports = run(tmp_path, replace(config, model=replace(config.model, in_bands=bands)), 2)
+    assert not reports[-1].skipped and reports[-1].losses["pixel"] > 0
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_resume_is_bit_exact(image_folder: Path, tmp_path: Path, drop_path: float) -> None:
+    config = tiny_config(batch_size=5)  # twelve images: step 3 ends in the middle of epoch 2
+    config = replace(config, model=replace(config.model, drop_path=drop_path))
+    straight, _ = run(image_folder, config, 6)
+    first, _ = run(image_folder, config, 3)
+    checkpoint.save(tmp_path, 3, first.model, first.optimizer, config, first.statistics, keep=2)
+    opened = checkpoint.Checkpoint.open(tmp_path)
+    again = Engine(opened.config, opened.statistics, ONE)
+    opened.restore(again.model, again.optimizer)
+    resumed, _ = run(image_folder, opened.config, 6, start=opened.step, engine=again)
+    for key, value in state(straight).items():
+        assert torch.equal(state(resumed)[key], value), key
+
+
+def test_the_first_step_moves_student_and_teacher(image_folder: Path) -> None:
+    config = tiny_config()
+    config = replace(config, optim=replace(config.optim, warmup_epochs=0))
+    fresh = Engine(config, run(image_folder, config, 0)[0].statistics, ONE)
+    before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
+    after = run(image_folder, config, 1)[0].model.state_dict()
+    still = [k for k in before if torch.equal(before[k], after[k])]
+    assert still == [], "every parameter, its teacher and the centre change in one step"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(
+    image_folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    engine, _ = run(image_folder, config, 1)
+    before = {k: v.clone() for k, v in state(engine).items()}
+    if where == "loss":
+        engine.model.mask_token.data.fill_(float("nan"))
+        before["mask_token"] = engine.model.mask_token.data.clone()
+    else:
+        engine.model.pixel_head.mlp[0].weight.register_hook(lambda grad: grad * float("inf"))
+    _, reports = run(image_folder, config, 2, start=1, engine=engine)
+    assert reports[0].skipped
+    for key, value in state(engine).items():
+        assert torch.equal(value.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
+
+
+def _two_ranks(folder: str, out: str) -> None:
+    """Body of one rank: three steps, then rank 0 saves its state."""
+    with world("cpu") as on:
+        engine, reports = run(Path(folder), tiny_config(batch_size=4), 3, on=on)
+        if on.is_first:
+            torch.save({"state": state(engine), "losses": [r.losses for r in reports]}, out)
+
+
+def test_two_ranks_equal_one_with_the_doubled_batch(image_folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out = tmp_path / "two.pt"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(image_folder), str(out)],
+            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_PORT": port,
+                 "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    assert [r.wait(timeout=120) for r in ranks] == [0, 0]
+    two: dict[str, Any] = torch.load(out, weights_only=True)
+    one, reports = run(image_folder, tiny_config(batch_size=8), 3)
+    assert_near(two["state"], state(one), 1e-5)
+    for got, report in zip(two["losses"], reports, strict=True):
+        assert got == pytest.approx(report.losses, rel=1e-5)
+
+
+if __name__ == "__main__":
+    _two_ranks(*sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The stream of samples: deterministic, complete, and unmoved by workers, ranks and broken files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+
+from pera_fast.config import Config, CropConfig
+from pera_fast.data.crops import draw_box, draw_crops
+from pera_fast.data.loader import Batch, StreamSampler, WindowDataset, make_loader
+from pera_fast.data.sources import DataError, UnreadableImage, scan
+from pera_fast.data.statistics import compute_statistics
+
+
+def dataset(folder: Path, config: Config | None = None) -> WindowDataset:
+    config = config or tiny_config()
+    index = scan(folder)
+    return WindowDataset(index, compute_statistics(index.scenes, bands=None, in_bands=3), config)
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert torch.equal(a.buffer, b.buffer) and torch.equal(a.shapes, b.shapes)
+    for x, y in zip(a.tables, b.tables, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+def test_workers_change_nothing(image_folder: Path) -> None:
+    config = tiny_config()
+    alone = dataset(image_folder, config)
+    crowd = dataset(image_folder, replace(config, data=replace(config.data, workers=2)))
+    for a, b in zip(make_loader(alone, 0, 5), make_loader(crowd, 0, 5), strict=True):
+        assert_equal(a, b)
+
+
+def test_a_later_start_continues_the_stream(image_folder: Path) -> None:
+    data = dataset(image_folder)
+    straight = list(make_loader(data, 0, 6))
+    for a, b in zip(straight[4:], make_loader(data, 4, 6), strict=True):
+        assert_equal(a, b)
+
+
+def test_ranks_and_parts_share_out_the_same_positions() -> None:
+    whole = list(StreamSampler(tiny_config(batch_size=8), 0, 3, 0, 1))
+    for config, ranks in ((tiny_config(batch_size=4), 2), (tiny_config(batch_size=2, accumulate=2), 2)):
+        parts = [list(StreamSampler(config, 0, 3, rank, ranks)) for rank in range(ranks)]
+        for step in range(3):
+            count = config.run.accumulate
+            mine = [parts[r][step * count + p] for p in range(count) for r in range(ranks)]
+            assert sum(mine, []) == whole[step]
+
+
+def test_every_window_once_per_epoch_in_another_order(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    Image.new("RGB", (200, 130)).save(tmp_path / "large.png")  # 64 px windows: 4 x 3
+    data = dataset(tmp_path)
+    assert len(data) == 1 + 12
+    first, second = data.order(0).tolist(), data.order(1).tolist()
+    assert sorted(first) == sorted(second) == list(range(13)) and first != second
+
+
+def test_large_scene_is_read_by_window(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 130)).save(tmp_path / "large.png")
+    data = dataset(tmp_path)
+    assert all(data[i].pixels.shape == (3, 64, 64) for i in range(5))
+
+
+def test_nodata_windows_are_drawn_again(tmp_path: Path) -> None:
+    import rasterio
+
+    pixels = np.full((3, 64, 640), 9, np.uint8)
+    pixels[:, :, :448] = 0  # 70 % missing
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", driver="GTiff", height=64, width=640, count=3, dtype="uint8", nodata=0
+    ) as file:
+        file.write(pixels)
+    data = dataset(tmp_path)
+    missing = [float((data[i].pixels == 0).mean()) for i in range(40)]
+    assert np.mean([m <= 0.05 for m in missing]) > 0.8 and max(missing) < 1
+
+
+def test_a_file_that_goes_bad_is_replaced_and_named(image_folder: Path) -> None:
+    data = dataset(image_folder)
+    (image_folder / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    batches = list(make_loader(data, 0, 3))
+    assert {path for b in batches for path, _ in b.bad} == {str(image_folder / "03.png")}
+    assert all(len(b.offsets) == 4 for b in batches)
+    for path in image_folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UnreadableImage, match="no image is readable any more"):
+        data[0]
+
+
+def test_mixed_dtypes_keep_their_values(tmp_path: Path) -> None:
+    import rasterio
+
+    Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "a.png")
+    for name, dtype, value in (("b.tif", "uint16", 40000), ("c.tif", "float32", 0.25)):
+        with rasterio.open(tmp_path / name, "w", driver="GTiff", height=30, width=50, count=3, dtype=dtype) as file:
+            file.write(np.full((3, 30, 50), value, dtype))
+    data = dataset(tmp_path, tiny_config(batch_size=3))
+    images = next(iter(make_loader(data, 0, 1))).images()
+    values = {image.dtype: image.double().flatten()[0].item() for image in images}
+    assert values == {torch.uint8: 10, torch.uint16: 40000, torch.float32: 0.25}
+
+
+def test_statistics_must_cover_every_dtype(tmp_path: Path, image_folder: Path) -> None:
+    import rasterio
+
+    statistics = dataset(image_folder).statistics
+    with rasterio.open(tmp_path / "x.tif", "w", driver="GTiff", height=9, width=9, count=3, dtype="uint16") as file:
+        file.write(np.ones((3, 9, 9), np.uint16))
+    with pytest.raises(DataError, match="no scale for uint16"):
+        WindowDataset(scan(tmp_path / "x.tif"), statistics, tiny_config())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (37, 41), (512, 512)])
+def test_boxes_lie_inside(size: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    for area in ((0.4, 1.0), (0.05, 0.4)):
+        for _ in range(200):
+            top, left, height, width = draw_box(random, *size, area, (0.75, 1.33))
+            assert min(top, left) >= 0 and min(height, width) >= 1
+            assert top + height <= size[0] and left + width <= size[1]
+
+
+def test_crop_statistics() -> None:
+    random, config = np.random.default_rng(0), CropConfig(num_global=4000)
+    crops = draw_crops(random, 512, 512, config, "global")
+    share = crops["box"][:, 2] * crops["box"][:, 3] / 512**2
+    assert 0.38 < share.min() and share.max() <= 1 and share.mean() == pytest.approx(0.66, abs=0.03)
+    assert crops["flip"].mean(0) == pytest.approx([0.5, 0.5], abs=0.03)
+    jittered = (crops["order"] >= 0).any(-1).mean(0)
+    assert jittered == pytest.approx([0.8 * 0.9, 0.1], abs=0.03)
+    assert crops["grey"].mean(0) == pytest.approx([0.08, 0], abs=0.02)
+    assert len(Counter(map(tuple, crops["order"][:, 0].tolist()))) == 25  # 24 orders and none
+    for i, (low, high) in enumerate(((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))):
+        drawn = crops["factor"][(crops["order"] >= 0).any(-1)][:, i]
+        assert low <= drawn.min() < low + 0.02 and high - 0.02 < drawn.max() <= high + 1e-6

@@ -1,0 +1,138 @@
+"""The command as users run it: results on disk, resume, and one sentence for what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_module
+from PIL import Image
+from safetensors.torch import load_file
+
+SMALL = (
+    "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-px", 8, "--global-px", 40, "--local-px", 24,
+    "--num-prototypes", 64, "--head-hidden-dim", 32, "--head-bottleneck-dim", 16, "--batch-size", 4,
+    "--window-px", 64, "--workers", 1, "--precision", "fp32", "--log-every", 1, "--epochs", 4,
+)  # fmt: skip
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_resume_and_records(image_folder: Path, tmp_path: Path) -> None:
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    data = ("--data", image_folder)
+    done = run_module("pera_fast.train", *SMALL, *data, "--out", straight, "--max-steps", 6)
+    assert done.returncode == 0, done.stderr
+    for extra in ((), ("--resume",)):
+        stop = 6 if extra else 3
+        done = run_module("pera_fast.train", *SMALL, *data, "--out", halves, "--max-steps", stop, *extra)
+        assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stderr
+
+    wanted = load_file(straight / "checkpoints/step_00000006/model.safetensors")
+    got = load_file(halves / "checkpoints/step_00000006/model.safetensors")
+    assert wanted.keys() == got.keys() and all((wanted[k] == got[k]).all() for k in wanted)
+
+    for out in (straight, halves):
+        records = lines(out)
+        assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+        assert records[-1]["loss"] > 0 and records[-1]["skipped_steps"] == 0
+        for name in ("lr", "weight_decay", "momentum", "teacher_temperature", "grad_norm", "images_per_second",
+                     "data_wait_share", "peak_memory_bytes", "distill_global", "distill_local", "koleo", "pixel"):
+            assert name in records[-1]
+        assert list((out / "tensorboard").glob("events.*")) and (out / "config.yaml").exists()
+        assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_a_second_run_moves_the_first_aside(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for _ in range(2):
+        done = run_module("pera_fast.train", *SMALL, "--data", image_folder, "--out", out, "--max-steps", 1)
+        assert done.returncode == 0, done.stderr
+    assert len(lines(out)) == 1 and len(lines(tmp_path / "run.old-1")) == 1
+
+
+def test_torchrun_with_two_ranks(image_folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pera_fast.train",
+         *map(str, SMALL), "--data", str(image_folder), "--out", str(tmp_path / "run"), "--max-steps", "2"],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_yaml_config_is_read_and_written(image_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("run: {batch_size: 3, max_steps: 1}\n")
+    done = run_module(
+        "pera_fast.train", "--config", config, "--embed-dim", 48, "--num-heads", 2, "--data", image_folder, "--depth",
+        1, "--workers", 0, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = run_module("pera_fast.train", "--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert lines(tmp_path / "again")[0]["loss"] == lines(tmp_path / "run")[0]["loss"]
+
+
+def empty(folder: Path) -> list[object]:
+    (folder / "none").mkdir()
+    return ["--data", folder / "none"]
+
+
+def unreadable(folder: Path) -> list[object]:
+    (folder / "bad").mkdir()
+    (folder / "bad/x.jpg").write_bytes(b"not a jpeg")
+    return ["--data", folder / "bad"]
+
+
+def mostly_bad(folder: Path) -> list[object]:
+    (folder / "mixed").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "mixed/good.png")
+    for i in range(3):
+        (folder / f"mixed/{i}.jpg").write_bytes(b"")
+    return ["--data", folder / "mixed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (lambda folder: ["--data", folder / "missing"], "missing"),
+        (empty, "none"),
+        (unreadable, "x.jpg"),
+        (mostly_bad, "3 of 4"),
+        (lambda folder: ["--preset", "vit_xxl"], "preset: expected one of demo, vit_ti"),
+        (lambda folder: ["--config", folder / "none.yaml"], "cannot read"),
+        (lambda folder: ["--num-heads", 5], "num_heads: expected a divisor"),
+        (lambda folder: ["--student-ratio", 0.7], "student_ratio + teacher_ratio: expected at most 1"),
+        (lambda folder: ["--stats", folder / "none.json"], "stats: cannot read"),
+        (lambda folder: ["--bands", 1, 2], "bands: expected in_bands = 3 values, got 2"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(arguments: object, sentence: str, tmp_path: Path) -> None:
+    done = run_module(
+        "pera_fast.train", "--device", "cpu", "--out", tmp_path / "run", *arguments(tmp_path)  # type: ignore[operator]
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and sentence in last and "Traceback" not in done.stderr
+
+
+def test_misspelt_option_is_an_error(tmp_path: Path) -> None:
+    done = run_module("pera_fast.train", "--learning-ratio", 3, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "--learning-ratio" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_help_is_readable() -> None:
+    done = run_module("pera_fast.train", "--help")
+    assert done.returncode == 0
+    for word in ("--preset", "vit_g_1024", "--batch-size", "--bands", "--mean", "--resume", "--embed-dim"):
+        assert word in done.stdout
+    assert "--model." not in done.stdout

@@ -210,7 +210,7 @@ def compare_with_untrained(
     device: torch.device = _CPU,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """`knn` plus untrained_top1, of the network the run started from, and points_gained (in percent)."""
+    """`knn` plus untrained_top1, of the network the run started from, and points_gained (in points)."""
     tasks = (config, statistics, train_tiles, val_tiles, k, device, progress)
     result = knn(backbone, *tasks)
     untrained = knn(untrained_backbone(config), *tasks)["top1"]

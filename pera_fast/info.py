@@ -31,9 +31,9 @@ def _version(package: str) -> str | None:
 
 
 def apex() -> dict[str, Any]:
-    """Which `apex` is installed: NVIDIA's, which is built from source, or the unrelated one of the package index.
+    """Which `apex` is installed: NVIDIA's, which is built from source, or the package index's unrelated one.
 
-    Decided without importing it: the other one has nothing to do with this project.
+    Decided without importing it.
     """
     spec = importlib.util.find_spec("apex")
     has_kernels = importlib.util.find_spec("amp_C") is not None
@@ -130,11 +130,11 @@ def render(facts: dict[str, Any]) -> str:
     lines += [
         "",
         f"{'system':<12} {facts['system']}",
-        f"{'processor':<12} {processor['name']}, {processor['isa']}, {processor['usable_cores']} usable cores, "
-        f"{processor['torch_threads']} torch threads",
+        f"{'processor':<12} {processor['name']}, {processor['isa']}, {processor['usable_cores']} usable "
+        f"cores, {processor['torch_threads']} torch threads",
     ]
     lines += [
-        f"{'gpu ' + str(i):<12} {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB"
+        f"{'gpu ' + str(i):<12} {gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB"
         for i, gpu in enumerate(facts["gpus"])
     ] or [f"{'gpu':<12} none visible"]
     lines += ["", "compiled libraries"]

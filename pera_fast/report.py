@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -45,6 +45,11 @@ _LOSSES = {
     "pixel": ("Pixel error", "of the target patches that the student paints"),
     "knn_top1": ("k-NN accuracy", "during training"),
 }
+_LOSS_NOTE = (
+    "<p>The teacher, whom the student imitates, changes as it learns: a distillation loss that rises is not "
+    "by itself a bad sign, nor one that falls a good one. How useful the features are is what k-NN accuracy "
+    "measures.</p>\n"
+)
 _SCHEDULES = {
     "lr": ("Learning rate", ""),
     "momentum": ("Teacher momentum", "1 = the teacher stands still"),
@@ -63,6 +68,8 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
 th { font-weight: 600; width: 38%; } td { overflow-wrap: anywhere; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 .pairs { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem .6rem; max-width: 50rem; }
+.triples { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem .6rem; }
+.pairs img, .triples img { width: 100%; }
 figure { margin: 0; } figcaption { font-size: .85rem; color: #444; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .9em; height: .9em; margin-right: .3em; vertical-align: -.08em; }
 .legend span { margin-right: 1.2em; white-space: nowrap; }
@@ -86,7 +93,7 @@ def write_report(
     metrics = read_metrics(run_folder / "metrics.jsonl")
     sections = [
         _summary(run_folder, config, scenes, backbone, metrics),
-        _curves("Losses", "losses", _LOSSES, metrics),
+        _curves("Losses", "losses", _LOSSES, metrics, _LOSS_NOTE),
         _curves("Schedules and gradient", "schedules", _SCHEDULES, metrics),
         _crop_sections(config, statistics, scenes),
         _pca_section(backbone, config, statistics, scenes),
@@ -159,10 +166,28 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _display(image: Tensor) -> np.ndarray:
-    """[C, H, W] in 0..1 -> [H, W, 3]: the first three bands, or grey where there are fewer."""
-    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return shown.permute(1, 2, 0).numpy()
+class Display:
+    """How the pixels of one image become the page's: stretched as the image needs, the first three bands.
+
+    8-bit images stay as they are. The range that other dtypes share can leave one sensor's images black, so
+    each band of those is stretched from its 2nd to its 98th percentile.
+    """
+
+    def __init__(self, image: Tensor, dtype: str) -> None:
+        bands = self._three(image)
+        self.low, self.high = np.zeros(3), np.ones(3)
+        if dtype != "uint8":
+            self.low, self.high = np.percentile(bands, (2, 98), axis=(0, 1))
+            self.high = np.maximum(self.high, self.low + 1e-6)
+
+    @staticmethod
+    def _three(image: Tensor) -> np.ndarray:
+        shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+        return shown.permute(1, 2, 0).numpy()
+
+    def __call__(self, image: Tensor) -> np.ndarray:
+        """[C, H, W] in 0..1 -> [H, W, 3] in 0..1; grey where there are fewer than three bands."""
+        return ((self._three(image) - self.low) / (self.high - self.low)).clip(0, 1)
 
 
 def _band_note(config: Config) -> str:
@@ -226,7 +251,7 @@ def _progress_rows(
     if memory := _series(lines, "peak_memory_bytes")[1]:
         yield "Peak memory", f"{max(memory) / 2**30:.1f} GiB"
     named = _LOSSES.items()
-    losses = [f"{label.lower()} {last[n]:.4g}" for n, (label, _) in named if _is_number(last.get(n))]
+    losses = [f"{label} {last[n]:.4g}" for n, (label, _) in named if _is_number(last.get(n))]
     yield "Last losses", "; ".join(losses) or "not finite"
     for name, what in (("skipped_steps", "Skipped steps"), ("bad_images", "Unreadable images")):
         if last.get(name):
@@ -252,7 +277,9 @@ def _knn_rows(path: Path, config: Config) -> Iterator[tuple[str, str]]:
 # --- curves ---------------------------------------------------------------------------------------------
 
 
-def _curves(title: str, anchor: str, names: dict[str, tuple[str, str]], metrics: list[dict[str, Any]]) -> str:
+def _curves(
+    title: str, anchor: str, names: dict[str, tuple[str, str]], metrics: list[dict[str, Any]], note: str = ""
+) -> str:
     panels = []
     for name, (label, meaning) in names.items():
         steps, values = _series(metrics, name)
@@ -261,7 +288,7 @@ def _curves(title: str, anchor: str, names: dict[str, tuple[str, str]], metrics:
     if not panels:
         sentence = "The metrics.jsonl of this run records nothing to draw here, or is missing."
         return _section(title, anchor, f"<p>{sentence}</p>")
-    return _section(title, anchor, f'<div class="panels">{"".join(panels)}</div>')
+    return _section(title, anchor, f'{note}<div class="panels">{"".join(panels)}</div>')
 
 
 def _curve(steps: list[float], values: list[float], label: str) -> bytes:
@@ -290,10 +317,13 @@ class CropPair:
     crop: Tensor  # [C, px, px] in 0..1, before colours change
     views: tuple[Tensor, Tensor]  # student's, teacher's
     patches: tuple[Tensor, Tensor, Tensor]  # int64, raster indices: student, target, teacher
+    display: Display
 
 
 def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) -> CropPair:
-    """A global crop as the run drew it in its first step, one with jittered student colours if there is any.
+    """A global crop as the run drew it in its first step.
+
+    If possible a typical one: with the student's colours changed and the teacher's not.
 
     UnreadableImage or DataError when the images cannot be read.
     """
@@ -311,7 +341,8 @@ def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) 
         torch.tensor([crop_index]), seed=config.run.seed, step=0, num_patches=sum(counts),
         num_student=counts[0], num_target=counts[1],
     )  # fmt: skip
-    return CropPair(image, (student, teacher), (masks[0][0], masks[1][0], masks[2][0]))
+    display = Display(image, str(sample.pixels.dtype))
+    return CropPair(image, (student, teacher), (masks[0][0], masks[1][0], masks[2][0]), display)
 
 
 def _choose_crop(
@@ -323,7 +354,8 @@ def _choose_crop(
     for position in range(min(config.run.batch_size, 8)):
         sample = dataset[position]
         for crop in range(num_global):
-            if sample.crops["global"]["order"][crop][0][0] >= 0:
+            student, teacher = sample.crops["global"]["order"][crop][:, 0] >= 0
+            if student and not teacher:
                 return sample, crop, position * crops_per_image + crop
     return dataset[0], 0, 0
 
@@ -349,15 +381,15 @@ def _crop_sections(config: Config, statistics: Statistics, scenes: Sequence[Scen
         "student sees the blue patches and paints the orange ones from memory; the teacher sees the green "
         f"ones. No patch is seen by both.{_band_note(config)}</p>\n"
         f'<p class="legend">{legend}</p>\n<div class="pairs">'
-        + _image(_png(_display(pair.crop)), "the crop", "The crop")
+        + _image(_png(pair.display(pair.crop)), "the crop", "The crop")
         + _image(_png(_overlay(pair, patch_px)), "the crop's patches tinted", "Its patches, shared out")
         + "</div>"
     )
     shown = [
-        (_display(pair.views[0]), "Student's view: colours changed at random"),
-        (_only(pair.views[0], student, patch_px), "What the student gets of it"),
-        (_display(pair.views[1]), "Teacher's view: colours rarely changed"),
-        (_only(pair.views[1], teacher, patch_px), "What the teacher gets of it"),
+        (pair.display(pair.views[0]), "Student's view: colours changed at random"),
+        (_only(pair.display(pair.views[0]), student, patch_px), "What the student gets of it"),
+        (pair.display(pair.views[1]), "Teacher's view: colours rarely changed"),
+        (_only(pair.display(pair.views[1]), teacher, patch_px), "What the teacher gets of it"),
     ]
     views = (
         "<p>Both views are the same crop of the same place, with different colours. From its few patches the "
@@ -376,9 +408,8 @@ def _patch_mask(patches: Tensor, side: int, patch_px: int) -> np.ndarray:
 
 def _overlay(pair: CropPair, patch_px: int) -> np.ndarray:
     """[H, W, 3]: the crop under the colours of the three sets."""
-    image = _display(pair.crop).copy()
     # On grey the three colours mean one thing only.
-    image[:] = image.mean(-1, keepdims=True)
+    image = pair.display(pair.crop).mean(-1, keepdims=True).repeat(3, -1)
     side = len(image) // patch_px
     for colour, patches in zip((_STUDENT, _TARGET, _TEACHER), pair.patches, strict=True):
         tint = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
@@ -387,24 +418,29 @@ def _overlay(pair: CropPair, patch_px: int) -> np.ndarray:
     return image
 
 
-def _only(view: Tensor, patches: Tensor, patch_px: int) -> np.ndarray:
-    """[H, W, 3]: a view with all but the given patches blank."""
-    image = _display(view).copy()
-    image[~_patch_mask(patches, len(image) // patch_px, patch_px)] = _HIDDEN
-    return image
+def _only(image: np.ndarray, patches: Tensor, patch_px: int) -> np.ndarray:
+    """[H, W, 3]: an image with all but the given patches blank."""
+    shown = image.copy()
+    shown[~_patch_mask(patches, len(shown) // patch_px, patch_px)] = _HIDDEN
+    return shown
 
 
 # --- features as colours --------------------------------------------------------------------------------
 
 
+class PcaMap(NamedTuple):
+    """Patch features of one scene as colours; all images are [H, W, 3] in 0..1."""
+
+    scene: Scene
+    image: np.ndarray
+    among_all: np.ndarray  # principal components of all shown scenes' patches
+    within: np.ndarray  # of this scene's own
+
+
 def pca_maps(
     backbone: VisionTransformer, config: Config, statistics: Statistics, scenes: Sequence[Scene]
-) -> list[tuple[Scene, np.ndarray, np.ndarray]]:
-    """(scene, image [H, W, 3], map [rows, columns, 3]) in 0..1 of up to four scenes spread over the list.
-
-    The map's colours are the first three principal components of the patch features of all shown scenes,
-    each from its 2nd to its 98th percentile: patches of like colour have like features.
-    """
+) -> list[PcaMap]:
+    """Maps of up to four readable scenes spread over the list: patches of like colour have like features."""
     shown: list[tuple[Scene, np.ndarray, Tensor]] = []
     count = len(scenes)
     spread = sorted({round(i * (count - 1) / (_PCA_SCENES - 1)) for i in range(_PCA_SCENES)} if count else ())
@@ -417,20 +453,30 @@ def pca_maps(
         except UnreadableImage:
             continue
         features = _patch_features(backbone, normalise(image, statistics, config))
-        shown.append((scenes[i], _display(image), features))
+        shown.append((scenes[i], Display(image, scenes[i].dtype)(image), features))
     if not shown:
         return []
-    rows = torch.cat([grid.flatten(0, 1) for _, _, grid in shown]).numpy()
-    components = min(3, *rows.shape)
-    colours = PCA(components, svd_solver="full").fit_transform(rows)
-    low, high = np.percentile(colours, (2, 98), axis=0)
-    colours = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    colours = np.pad(colours, ((0, 0), (0, 3 - components)))
-    maps = np.split(colours, np.cumsum([grid.shape[:2].numel() for _, _, grid in shown])[:-1])
+    sizes = [features.shape[:2].numel() for _, _, features in shown]
+    among_all = np.split(
+        _pca_colours(torch.cat([features.flatten(0, 1) for _, _, features in shown]).numpy()),
+        np.cumsum(sizes)[:-1],
+    )
     return [
-        (scene, image, part.reshape(*grid.shape[:2], 3))
-        for (scene, image, grid), part in zip(shown, maps, strict=True)
-    ]
+        PcaMap(
+            scene, image, colours.reshape(*features.shape[:2], 3),
+            _pca_colours(features.flatten(0, 1).numpy()).reshape(*features.shape[:2], 3),
+        )
+        for (scene, image, features), colours in zip(shown, among_all, strict=True)
+    ]  # fmt: skip
+
+
+def _pca_colours(features: np.ndarray) -> np.ndarray:
+    """[n, D] -> [n, 3] in 0..1: three principal components, each from its 2nd to its 98th percentile."""
+    components = min(3, *features.shape)
+    scores = PCA(components, svd_solver="full").fit_transform(features)
+    low, high = np.percentile(scores, (2, 98), axis=0)
+    colours = ((scores - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return np.pad(colours, ((0, 0), (0, 3 - components)))
 
 
 def _pca_input(scene: Scene, config: Config, statistics: Statistics) -> Tensor:
@@ -464,17 +510,20 @@ def _pca_section(
     if not maps:
         return _section(*title, "<p>No image could be read to show this.</p>")
     figures = []
-    for scene, image, colours in maps:
+    for scene, image, among_all, within in maps:
         name = printable(Path(scene.path).name)
         figures.append(_image(_png(image), name, name))
-        figures.append(_image(_png(colours), f"features of {name}", "Its features"))
+        figures.append(_image(_png(among_all), f"features of {name} among all scenes", "Among all scenes"))
+        figures.append(_image(_png(within), f"features of {name} within the scene", "Within the scene"))
     text = (
         "Beside each image, the teacher's description of every patch as a colour: the three main directions "
-        "in which the descriptions differ become red, green and blue. Patches of like colour look alike to "
-        "the teacher, in all images together. After a good training, colours follow what is on the ground."
+        "in which descriptions differ become red, green and blue. Patches of like colour look alike to the "
+        "teacher. “Among all scenes” has one set of colours for all images here; “within the scene” spends "
+        "them on one image, and its colours mean nothing elsewhere. After a good training, the colours "
+        "follow what is on the ground."
     )
     note = _band_note(config)
-    return _section(*title, f'<p>{text}{note}</p>\n<div class="pairs">{"".join(figures)}</div>')
+    return _section(*title, f'<p>{text}{note}</p>\n<div class="triples">{"".join(figures)}</div>')
 
 
 # --- command --------------------------------------------------------------------------------------------

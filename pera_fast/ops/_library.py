@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 @functools.cache
 def build_info() -> dict[str, Any] | None:
-    """How the libraries were built (compiler, flags, torch, CUDA architectures), or None when they were not."""
+    """How the libraries were built (compiler, flags, torch, CUDA architectures); None when they were not."""
     try:
         info = json.loads((_PACKAGE / "_build_info.json").read_text())
     except (OSError, ValueError):
@@ -76,5 +76,5 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def why_no_cuda() -> str | None:
-    """None when the CUDA library is loaded (the first call loads it) and a GPU can run it, else the reason."""
+    """None when the CUDA library is loaded (the first call does it) and a GPU can run it, else the reason."""
     return _why_no_cuda_library() or _why_no_gpu()

@@ -55,8 +55,8 @@ def disjoint_masks(
         raise ValueError(f"num_target: expected at least 0, got {num_target}")
     if num_student + num_target >= num_patches:
         raise ValueError(
-            f"num_student + num_target: expected fewer than num_patches = {num_patches}, to leave the teacher "
-            f"at least one patch, got {num_student} + {num_target}"
+            f"num_student + num_target: expected fewer than num_patches = {num_patches}, to leave the "
+            f"teacher at least one patch, got {num_student} + {num_target}"
         )
     implementation = _dispatch.resolve("disjoint_masks", crop_index.device.type)
     if implementation.backend == "cuda" and num_patches > MAX_PATCHES_CUDA:

@@ -1,0 +1,35 @@
+"""disjoint_masks against argsort(rand) and boolean masks, the authors' data flow. Their randomness differs."""
+
+import pytest
+import torch
+from compare import compare
+
+from pera_fast import ops
+from pera_fast.ops import _dispatch
+
+
+@pytest.mark.parametrize(("crops", "counts"), [(128, (784, 157, 157)), (512, (36, 7, 7))])
+def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int]) -> None:
+    patches, students, targets = counts
+    index = torch.arange(crops)
+
+    def ours() -> tuple[torch.Tensor, ...]:
+        return ops.disjoint_masks(
+            index, seed=0, step=0, num_patches=patches, num_student=students, num_target=targets
+        )
+
+    def theirs() -> tuple[torch.Tensor, ...]:
+        rank = torch.argsort(torch.rand(crops, patches), dim=1)
+        student, visible = rank < students, rank < students + targets
+        masks = (student, visible & ~student, ~visible)
+        return tuple(mask.nonzero()[:, 1].view(crops, -1) for mask in masks)
+
+    def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
+        for x, y in zip(a, b, strict=True):
+            assert x.shape == y.shape and (x.diff(dim=1) > 0).all() and (y.diff(dim=1) > 0).all()
+
+    compare(
+        benchmark, op="disjoint_masks", backend=_dispatch.resolve("disjoint_masks", "cpu").backend,
+        peer="argsort + boolean masks", ours=ours, theirs=theirs, same=same, dtype="int64",
+        shape=f"{crops} crops of {patches}",
+    )  # fmt: skip

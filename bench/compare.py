@@ -1,0 +1,148 @@
+"""Every benchmark's form: ours against a peer, outputs compared first, timed in interleaved pairs."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pera_fast
+
+ROOT = Path(__file__).parent.parent
+
+
+def compare(
+    benchmark: Any,
+    *,
+    op: str,
+    backend: str,
+    peer: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    shape: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    same: Callable[[Any, Any], None] | None = None,
+    pairs: int = 7,
+    **more: object,
+) -> float:
+    """Measure `ours` against `theirs`; returns ratio_vs_peer, the median of their times' ratios (> 1: ours faster).
+
+    same: raises when the two outputs differ; None only where the peer draws its own random numbers.
+    Fills benchmark.extra_info; the plugin's own columns are ours alone.
+    """
+    first, second = ours(), theirs()
+    if same is not None:
+        same(first, second)
+    del first, second
+    times = []
+    for _ in range(pairs):
+        times.append((_seconds(ours, device), _seconds(theirs, device)))
+    ratios = sorted(t / o for o, t in times)
+    benchmark.extra_info.update(
+        op=op,
+        backend=backend,
+        device=device_name(device),
+        dtype=dtype,
+        shape=shape,
+        peer=peer,
+        ratio_vs_peer=statistics.median(ratios),
+        ratio_spread=[ratios[0], ratios[-1]],
+        ours_ms=1e3 * statistics.median(o for o, _ in times),
+        peer_ms=1e3 * statistics.median(t for _, t in times),
+        peak_bytes=peak_bytes(ours, device),
+        peer_peak_bytes=peak_bytes(theirs, device),
+        versions=versions(),
+        commit=commit(),
+        **more,
+    )
+    benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
+    return benchmark.extra_info["ratio_vs_peer"]
+
+
+def all_close(tolerance: float) -> Callable[[Any, Any], None]:
+    """A `same` for tensors or sequences of them: relative and absolute tolerance."""
+
+    def check(a: Any, b: Any) -> None:
+        pairs = zip(*([x] if isinstance(x, Tensor) else list(x) for x in (a, b)), strict=True)
+        for x, y in pairs:
+            torch.testing.assert_close(x.detach(), y.detach(), rtol=tolerance, atol=tolerance, check_dtype=False)
+
+    return check
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    result = function()
+    _wait(device)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], Any], device: str) -> int:
+    """Most bytes that torch had allocated at once during a call, beyond those before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(0, int(np.cumsum(changes).max())) if changes else 0
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with its core count."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "pera_fast": pera_fast.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "+" when files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def _lines(path: str) -> Sequence[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,83 @@
+"""Benchmark results in the repository, and the README's tables made from them.
+
+python bench/results.py save FILE.json    a pytest-benchmark file -> bench/results/<machine>_<date>.json
+python bench/results.py readme            the newest results -> README.md, between its markers
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
+MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
+
+
+def save(path: str) -> Path:
+    """Keep what matters of a pytest-benchmark file: one flat row per benchmark."""
+    measured = json.loads(Path(path).read_text())
+    rows = [
+        {"benchmark": b["name"], **b["extra_info"], "ours_stddev_ms": 1e3 * b["stats"]["stddev"]}
+        for b in measured["benchmarks"]
+        if "op" in b["extra_info"]
+    ]
+    if not rows:
+        sys.exit(f"error: {path} holds no benchmark of this project")
+    devices = sorted({row["device"] for row in rows})
+    machine = re.sub(r"[^a-z0-9]+", "-", devices[-1].lower()).strip("-")
+    target = RESULTS / f"{machine}_{measured['datetime'][:10]}.json"
+    RESULTS.mkdir(exist_ok=True)
+    content = {"date": measured["datetime"][:10], "command": "make bench", "rows": rows}
+    target.write_text(json.dumps(content, indent=1) + "\n")
+    print(target.relative_to(ROOT))
+    return target
+
+
+def table(results: dict[str, Any]) -> str:
+    """One Markdown table per device."""
+    lines = []
+    for device in sorted({row["device"] for row in results["rows"]}):
+        rows = [row for row in results["rows"] if row["device"] == device]
+        commits = ", ".join(sorted({row["commit"] for row in rows}))
+        lines += [
+            f"{device}; torch {rows[0]['versions']['torch']}; {results['date']}; commit {commits}.",
+            "",
+            "| op | backend | shape | dtype | ours ms | peer | peer ms | ratio (min to max) | peak MB, ours / peer |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            low, high = row["ratio_spread"]
+            lines.append(
+                f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {row['ours_ms']:.3g} "
+                f"| {row['peer']} | {row['peer_ms']:.3g} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "
+                f"| {row['peak_bytes'] / 1e6:.1f} / {row['peer_peak_bytes'] / 1e6:.1f} |"
+            )
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def readme() -> None:
+    """Replace what stands between the README's markers by the newest results of each machine."""
+    newest: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        newest[path.stem.rsplit("_", 1)[0]] = path
+    tables = "\n\n".join(table(json.loads(path.read_text())) for path in newest.values())
+    path = ROOT / "README.md"
+    text = path.read_text()
+    before, rest = text.split(MARKERS[0], 1)
+    after = rest.split(MARKERS[1], 1)[1]
+    path.write_text(f"{before}{MARKERS[0]}\n{tables}\n{MARKERS[1]}{after}")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["save", path]:
+            save(path)
+        case ["readme"]:
+            readme()
+        case _:
+            sys.exit(__doc__)

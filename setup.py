@@ -27,7 +27,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
@@ -73,9 +73,10 @@ def find_compiler() -> str:
     for name in [asked] if asked else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(name)[0]):
             return name
+    missing = f"CXX={asked} is not" if asked else "neither c++ nor g++ nor clang++ is"
     raise BuildError(
-        f"The build needs a C++17 compiler, and {f'CXX={asked}' if asked else 'none of c++, g++, clang++'}"
-        " is not on PATH: install one (for example `apt-get install g++`) or set CXX."
+        f"The build needs a C++17 compiler, but {missing} on PATH: install one "
+        "(for example `apt-get install g++`) or set CXX."
     )
 
 
@@ -313,7 +314,8 @@ headers = files("csrc/**/*.h", "csrc/build_backend.py", "constraints.txt")
 
 setup(
     packages=[
-        *find_packages(include=["pera_fast", "pera_fast.*"]),
+        # Namespace packages too: pera_fast/demo holds data alone.
+        *find_namespace_packages(include=["pera_fast", "pera_fast.*"], exclude=["*.__pycache__"]),
         "pera_fast.kernels",
         *(f"pera_fast.kernels.{name}" for name in find_packages("kernels")),
     ],

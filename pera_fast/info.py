@@ -134,7 +134,7 @@ def render(facts: dict[str, Any]) -> str:
         f"cores, {processor['torch_threads']} torch threads",
     ]
     lines += [
-        f"{'gpu ' + str(i):<12} {gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB"
+        f"{f'gpu {i}':<12} {gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB"
         for i, gpu in enumerate(facts["gpus"])
     ] or [f"{'gpu':<12} none visible"]
     lines += ["", "compiled libraries"]

@@ -167,9 +167,14 @@ def residual_add(x: Tensor, branch: Tensor, rows: Tensor | None, scale: Tensor |
 # --- distill_loss ---------------------------------------------------------------------------------------
 
 
+def prototypes(v: Tensor, g: Tensor) -> Tensor:
+    """Weight normalisation g v/‖v‖. v [K, d], g [K, 1] -> [K, d]."""
+    return v * (g / v.norm(dim=1, keepdim=True))
+
+
 def prototype_logits(z: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """z · (g v/‖v‖)ᵀ. z [n, d], v [K, d], g [K, 1] -> [n, K]."""
-    return z @ (v * (g / v.norm(dim=1, keepdim=True))).T
+    return z @ prototypes(v, g).T
 
 
 def distill_loss(
@@ -184,10 +189,13 @@ def distill_loss(
 ) -> Tensor:
     """-Σ_k softmax((t - c)/τ_t)_k · log_softmax(s/τ_s)_k, mean over each group's rows -> [len(groups)]."""
     losses = []
+    w_student = prototypes(*prototypes_student)
+    with torch.no_grad():
+        w_teacher = prototypes(*prototypes_teacher)
     for z_s, z_t in zip(z_student.split(list(groups)), z_teacher.split(list(groups)), strict=True):
         with torch.no_grad():
-            target = torch.softmax((prototype_logits(z_t, *prototypes_teacher) - centre) / tau_teacher, dim=-1)
-        log_prediction = torch.log_softmax(prototype_logits(z_s, *prototypes_student) / tau_student, dim=-1)
+            target = torch.softmax((z_t @ w_teacher.T - centre) / tau_teacher, dim=-1)
+        log_prediction = torch.log_softmax(z_s @ w_student.T / tau_student, dim=-1)
         losses.append(-(target * log_prediction).sum(-1).mean())
     return torch.stack(losses)
 

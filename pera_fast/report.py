@@ -345,9 +345,7 @@ def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) 
     return CropPair(image, (student, teacher), (masks[0][0], masks[1][0], masks[2][0]), display)
 
 
-def _choose_crop(
-    config: Config, statistics: Statistics, scenes: Sequence[Scene]
-) -> tuple[Sample, int, int]:
+def _choose_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) -> tuple[Sample, int, int]:
     """A sample of the first step, one of its global crops, and that crop's index in the whole batch."""
     dataset = WindowDataset(SceneIndex(list(scenes), []), statistics, config)
     num_global, crops_per_image = config.crops.num_global, config.crops.num_global + config.crops.num_local
@@ -523,6 +521,8 @@ def _pca_section(
         "follow what is on the ground."
     )
     note = _band_note(config)
+    if any(scene.dtype != "uint8" for scene, *_ in maps):
+        note += " Images of more than 8 bits are brightened for the eye."
     return _section(*title, f'<p>{text}{note}</p>\n<div class="triples">{"".join(figures)}</div>')
 
 

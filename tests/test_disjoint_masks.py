@@ -229,7 +229,7 @@ GOOD = dict(seed=0, step=0, num_patches=36, num_student=7, num_target=7)
 @pytest.mark.parametrize(
     "changed, sentence",
     [
-        (dict(crop_index=torch.arange(3, dtype=torch.int32)), r"crop_index: expected int64 \[n\], got int32 \[3\]"),
+        (dict(crop_index=torch.arange(3).int()), r"crop_index: expected int64 \[n\], got int32 \[3\]"),
         (dict(crop_index=torch.zeros(2, 2).long()), r"crop_index: expected int64 \[n\], got int64 \[2, 2\]"),
         (dict(seed=-1), r"seed: expected 0 <= seed < 2\*\*64, got -1"),
         (dict(seed=2**64), r"seed: expected 0 <= seed < 2\*\*64, got 18446744073709551616"),
@@ -315,7 +315,8 @@ def test_works_without_the_library():
         "torch.ops.load_library = fail\n"
         "from pera_fast.ops import disjoint_masks\n"
         "for _ in range(2):\n"
-        "    sets = disjoint_masks(torch.arange(2), seed=0, step=0, num_patches=36, num_student=7, num_target=7)\n"
+        "    sets = disjoint_masks(\n"
+        "        torch.arange(2), seed=0, step=0, num_patches=36, num_student=7, num_target=7)\n"
         "print(*(tuple(patches.shape) for patches in sets))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PERA_FAST_BACKEND"}

@@ -85,10 +85,9 @@ def test_shuffled_labels_are_near_chance(folders: tuple[Path, Path]) -> None:
     for _ in range(10):
         labels = random.permutation([tile.label for tile in train])
         shuffled = [replace(tile, label=str(label)) for tile, label in zip(train, labels, strict=True)]
-        # Everything votes almost alike, so one label wins each colour: 15 val tiles, 3 clusters.
         backbone: Any = MeanColour()
         scores.append(evaluate.knn(backbone, CONFIG, STATISTICS, shuffled, val, k=3)["top1"])
-    assert 0.1 < np.mean(scores) < 0.6
+    assert 0.2 < np.mean(scores) < 0.47  # chance is 1/3
 
 
 def test_votes_are_a_softmax_of_the_similarity() -> None:
@@ -98,9 +97,11 @@ def test_votes_are_a_softmax_of_the_similarity() -> None:
     np.testing.assert_allclose(votes / votes.sum(), softmax, rtol=1e-12)
 
 
-def test_k_is_clipped_to_the_train_images(folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_k_is_clipped_to_the_train_images(
+    folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, val = (evaluate.class_folder_tiles(folder) for folder in folders)
-    logging.getLogger("pera_fast").propagate = True
+    monkeypatch.setattr(logging.getLogger("pera_fast"), "propagate", True)  # a command run before may stop it
     with caplog.at_level(logging.WARNING, "pera_fast"):
         backbone: Any = MeanColour()
         assert evaluate.knn(backbone, CONFIG, STATISTICS, train, val, k=1000)["k"] == 24
@@ -198,19 +199,21 @@ def test_command_prints_one_json_object(saved: Path, folders: tuple[Path, Path],
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert list(result) == [
-        "top1", "k", "classes", "train", "val", "skipped", "per_class_top1", "untrained_top1", "points_gained",
+        "top1", "k", "classes", "train", "val", "skipped", "per_class_top1", "untrained_top1",
+        "points_gained",
     ]  # fmt: skip
     assert result["points_gained"] == pytest.approx(100 * (result["top1"] - result["untrained_top1"]))
     assert json.loads(out.read_text()) == result
 
 
 def test_error_ends_the_command_with_one_sentence(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    train, val = folders
+    missing = tmp_path / "none"
     done = run_module(
-        "pera_fast.evaluate", "knn", "--checkpoint", tmp_path / "none", "--train", folders[0], "--val",
-        folders[1],
+        "pera_fast.evaluate", "knn", "--checkpoint", missing, "--train", train, "--val", val
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: checkpoint: expected a checkpoint or a run with one, got {tmp_path / 'none'}\n"
+    assert done.stderr == f"error: checkpoint: expected a checkpoint or a run with one, got {missing}\n"
 
 
 def test_errors_name_what_is_wrong(
@@ -218,7 +221,8 @@ def test_errors_name_what_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     train, val = folders
-    flat, two, empty = tmp_path / "flat", class_folders(tmp_path / "two", 1, ("roof", "water")), tmp_path / "e"
+    flat, empty = tmp_path / "flat", tmp_path / "empty"
+    two = class_folders(tmp_path / "two", 1, ("roof", "water"))
     flat.mkdir()
     (empty / "roof").mkdir(parents=True)
     cases = [

@@ -219,7 +219,7 @@ class BuildLibraries(build_ext):
     def cpu_flags(self) -> list[str]:
         # No -march: the library must run wherever its wheel does. Hot loops choose their ISA at run time.
         # -fno-math-errno only frees the vectoriser from setting errno; results do not change.
-        return ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"]
+        return ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Wextra"]
 
     def objects(
         self, sources: list[str], command: list[str], kind: str
@@ -237,7 +237,7 @@ class BuildLibraries(build_ext):
         command = [*shlex.split(compiler), *self.cpu_flags(), *self.common]
         jobs, names = self.objects(extension.sources, command, "cpu")
         compile_all(jobs)
-        self.link(extension, [*shlex.split(compiler), "-shared", "-fopenmp", *names, *self.torch_libraries])
+        self.link(extension, [*shlex.split(compiler), "-shared", *names, *self.torch_libraries])
 
     def build_cuda(self, extension: Extension, compiler: str) -> dict[str, object]:
         if os.environ.get("PERA_FAST_BUILD_CUDA", "1") == "0":

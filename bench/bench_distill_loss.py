@@ -20,9 +20,7 @@ def bench_distill_loss(benchmark, prototypes: int) -> None:
     leaves = [z[0].requires_grad_(), v[0].requires_grad_(), g[0].requires_grad_()]
 
     def ours() -> list[torch.Tensor]:
-        losses = ops.distill_loss(
-            z[0], z[1], (v[0], g[0]), (v[1], g[1]), centre, 0.1, 0.04, [images] * crops
-        )
+        losses = ops.distill_loss(z[0], z[1], (v[0], g[0]), (v[1], g[1]), centre, 0.1, 0.04, [images] * crops)
         return [losses, *torch.autograd.grad(losses.mean(), leaves)]
 
     def theirs() -> list[torch.Tensor]:

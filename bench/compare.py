@@ -75,7 +75,9 @@ def all_close(tolerance: float) -> Callable[[Any, Any], None]:
     def check(a: Any, b: Any) -> None:
         pairs = zip(*([x] if isinstance(x, Tensor) else list(x) for x in (a, b)), strict=True)
         for x, y in pairs:
-            torch.testing.assert_close(x.detach(), y.detach(), rtol=tolerance, atol=tolerance, check_dtype=False)
+            torch.testing.assert_close(
+                x.detach(), y.detach(), rtol=tolerance, atol=tolerance, check_dtype=False
+            )
 
     return check
 
@@ -103,7 +105,9 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = function()
     del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -34,7 +34,13 @@ _PREFIX = "step_"
 
 
 def save(
-    folder: Path, step: int, model: PerA, optimizer: AdamWEMA, config: Config, statistics: Statistics, keep: int
+    folder: Path,
+    step: int,
+    model: PerA,
+    optimizer: AdamWEMA,
+    config: Config,
+    statistics: Statistics,
+    keep: int,
 ) -> Path:
     """Write the checkpoint of `step` completed steps into `folder`, then drop all but the newest `keep`."""
     target = folder / f"{_PREFIX}{step:08d}"
@@ -126,7 +132,9 @@ class Checkpoint:
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone in evaluation mode, on the CPU."""
         prefix = "teacher.backbone."
-        weights = {k.removeprefix(prefix): v for k, v in self.tensors(_FILES[0]).items() if k.startswith(prefix)}
+        weights = {
+            k.removeprefix(prefix): v for k, v in self.tensors(_FILES[0]).items() if k.startswith(prefix)
+        }
         backbone = VisionTransformer(self.config.model, self.config.crops.global_px)
         backbone.load_state_dict(weights, strict=True)
         return backbone.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,9 +53,9 @@ class Engine:
         self._forward: PerA | DistributedDataParallel = self.model
         if self.world.ranks > 1:
             self._forward = DistributedDataParallel(self.model, broadcast_buffers=False)
-        scale = {"dtype": torch.float32, "device": self.world.device}
-        self._mean = torch.tensor(self.config.data.mean or self.statistics.mean, **scale)
-        self._std = torch.tensor(self.config.data.std or self.statistics.std, **scale)
+        data, device = self.config.data, self.world.device
+        self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)
+        self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)
 
     def step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank."""
@@ -80,7 +81,13 @@ class Engine:
             torch.cat(
                 (
                     torch.stack(
-                        (p.total, p.distill[:num_global].mean(), p.distill[num_global:].sum(), p.koleo, p.pixel)
+                        (
+                            p.total,
+                            p.distill[:num_global].mean(),
+                            p.distill[num_global:].sum(),
+                            p.koleo,
+                            p.pixel,
+                        )
                     ),
                     p.z_teacher_sum,
                 )
@@ -147,23 +154,20 @@ class Engine:
         if parts == 1 or self.config.optim.koleo_weight == 0:
             return [None] * len(groups)
 
-        def place(part: int, images: int) -> int:
-            return (part * self.world.ranks + self.world.rank) * images
+        def join(part: int, whole: Tensor | None, z: Tensor) -> Tensor:
+            start = (part * self.world.ranks + self.world.rank) * z.shape[1]
+            everyone = torch.cat(self.world.gather(z), dim=1) if whole is None else whole
+            return join_whole_batch(z, everyone, start, parts)
 
         if len(groups) == 1:
-            return [
-                lambda z: join_whole_batch(z, torch.cat(self.world.gather(z), 1), place(0, z.shape[1]), parts)
-            ]
+            return [partial(join, 0, None)]
         num_global, gathered = self.config.crops.num_global, []
         for part, group in enumerate(groups):
             with torch.no_grad(), self._autocast():
                 z, _ = self.model.student_forward(group, self._subsets(step, part, group))
             gathered += self.world.gather(z[: len(group[0].student_rows)].unflatten(0, (num_global, -1)))
         whole = torch.cat(gathered, dim=1)
-        return [
-            lambda z, part=part: join_whole_batch(z, whole, place(part, z.shape[1]), parts)
-            for part in range(len(groups))
-        ]
+        return [partial(join, part, whole) for part in range(len(groups))]
 
     def _subsets(self, step: int, part: int, groups: list[CropGroup]) -> list[Subset]:
         model, key = self.config.model, (self.config.run.seed, step, part, self.world.rank)

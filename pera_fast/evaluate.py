@@ -155,6 +155,8 @@ def knn(
         if not features.labels:
             path, reason = features.bad[0]
             raise DataError(f"no {name} image can be read; the first is {printable(path)}: {reason}")
+        if not bool(torch.isfinite(features.cls).all()):
+            raise DataError(f"the network's features of the {name} images are not finite")
     _check_classes(train.labels, val.labels)
     if k > len(train.labels):
         _log.warning("k = %d is more than the train images: using all %d", k, len(train.labels))

@@ -13,6 +13,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# --- disjoint_masks -------------------------------------------------------------------------------------
+
+_UINT32 = 0xFFFFFFFF
+
+
+def philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10: four output words for four counter words, all uint32 values in int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2**64, so their bits are those of the unsigned product.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((p1 >> 32) & _UINT32) ^ c1 ^ k0, p1 & _UINT32
+        c2, c3 = ((p0 >> 32) & _UINT32) ^ c3 ^ k1, p0 & _UINT32
+        k0, k1 = (k0 + 0x9E3779B9) & _UINT32, (k1 + 0xBB67AE85) & _UINT32
+    return [c0, c1, c2, c3]
+
+
+def disjoint_masks(
+    crop_index: Tensor, seed: int, step: int, num_patches: int, num_student: int, num_target: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three disjoint random sets of each crop's patches; see pera_fast.ops.disjoint_masks."""
+    crop = crop_index[:, None]
+    group = torch.arange((num_patches + 3) // 4, device=crop_index.device)[None, :]
+    zeros = torch.zeros_like(crop + group)
+    counter = [zeros + group, zeros + step, zeros + (crop & _UINT32), zeros + ((crop >> 32) & _UINT32)]
+    words = philox4x32_10(counter, (seed & _UINT32, (seed >> 32) & _UINT32))
+    keys = torch.stack(words, dim=-1).flatten(1)[:, :num_patches]
+    order = keys.argsort(dim=1, stable=True)  # stable: equal keys stay in order of their patch index
+    student, target, teacher = order.split(
+        [num_student, num_target, num_patches - num_student - num_target], dim=1
+    )
+    return student.sort(1).values, target.sort(1).values, teacher.sort(1).values
+
+
 # --- crop_patches ---------------------------------------------------------------------------------------
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -112,7 +147,9 @@ def crop_patches(
         image = cut(image, table.box[crop].tolist(), table.flip[crop].tolist(), crop_px)
         views = []
         for view in range(2):
-            coloured = colour(image, table.factor[crop, view], table.order[crop, view], bool(table.grey[crop, view]))
+            coloured = colour(
+                image, table.factor[crop, view], table.order[crop, view], bool(table.grey[crop, view])
+            )
             views.append((coloured - mean[:, None, None]) / std[:, None, None])
         rows[0].append(patchify(views[0], patch_px, "cpq")[student_patches[crop]])
         rows[1].append(patchify(views[0], patch_px, "pqc")[target_patches[crop]])

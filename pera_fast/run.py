@@ -58,8 +58,8 @@ class Run:
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
 
-    def loader(self) -> DataLoader[Batch]:
-        """This rank's batches from the start step on, one per forward pass."""
+    def loader(self) -> DataLoader:
+        """This rank's `Batch`es from the start step on, one per forward pass."""
         pin = self.world.device.type == "cuda"
         return make_loader(
             self.dataset, self.start_step, self.total_steps, self.world.rank, self.world.ranks, pin
@@ -95,7 +95,10 @@ class Run:
             return
         opened = checkpoint.Checkpoint.open(self.out)
         if self.config.run.eval_train and self.config.run.eval_val:
-            tiles = class_folder_tiles(self.config.run.eval_train), class_folder_tiles(self.config.run.eval_val)
+            tiles = (
+                class_folder_tiles(self.config.run.eval_train),
+                class_folder_tiles(self.config.run.eval_val),
+            )
         elif self.config.data.data is None:
             tiles = scene_halves(self.index.scenes)
         else:
@@ -119,7 +122,7 @@ class Run:
         """k-NN of the teacher as it is, on rank 0, into metrics.jsonl and TensorBoard."""
         run = self.config.run
         if self.world.is_first and run.eval_train and run.eval_val:
-            teacher = self.engine.model.teacher["backbone"]
+            teacher = self.engine.model.teacher.backbone
             tiles = class_folder_tiles(run.eval_train), class_folder_tiles(run.eval_val)
             result = knn(teacher, self.config, self.statistics, *tiles, device=self.world.device)
             self.records.value(step, "knn_top1", result["top1"])
@@ -191,7 +194,14 @@ class Records:
         self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
 
     def step(
-        self, step: int, epoch: float, report: StepReport, values: StepValues, images: int, waited: float, bad: int
+        self,
+        step: int,
+        epoch: float,
+        report: StepReport,
+        values: StepValues,
+        images: int,
+        waited: float,
+        bad: int,
     ) -> None:
         """Take note of one step; every log_every steps, and at the last, write what came together."""
         self._skipped_steps += report.skipped
@@ -217,7 +227,9 @@ class Records:
             "skipped_steps": self._skipped_steps,
             "bad_images": bad,
         }
-        self._bar.set_postfix(loss=f"{line['loss']:.3f}", images_per_second=f"{line['images_per_second']:.1f}")
+        self._bar.set_postfix(
+            loss=f"{line['loss']:.3f}", images_per_second=f"{line['images_per_second']:.1f}"
+        )
         self._write(line)
         self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
 

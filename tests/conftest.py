@@ -67,14 +67,19 @@ def run_module(*arguments: object, **environment: str) -> subprocess.CompletedPr
 
 
 def three_way(
-    function: Callable[..., torch.Tensor], eager: Callable[..., torch.Tensor], *inputs: torch.Tensor, slack: float
+    function: Callable[..., torch.Tensor],
+    eager: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor,
+    slack: float,
 ) -> None:
     """error(function vs float64) <= error(eager in the same dtype vs float64) + slack, outputs and gradients."""
     errors = []
     exact = _outputs_and_gradients(eager, [x.double() for x in inputs])
     for f in (function, eager):
         got = _outputs_and_gradients(f, list(inputs))
-        errors.append([(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(got, exact, strict=True)])
+        errors.append(
+            [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(got, exact, strict=True)]
+        )
     for ours, theirs in zip(*errors, strict=True):
         assert ours <= theirs + slack, f"error {ours:.3g} against {theirs:.3g} of eager PyTorch"
 

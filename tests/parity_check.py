@@ -60,7 +60,11 @@ def config_of(hparams: dict[str, Any]) -> Config:
 
 def ours(name: str) -> str:
     """The official checkpoint's parameter name -> ours."""
-    renames = (("s_mask_token", "mask_token"), ("pred_head.mlp0.mlp", "pixel_head.mlp"), ("pred_head", "pixel_head"))
+    renames = (
+        ("s_mask_token", "mask_token"),
+        ("pred_head.mlp0.mlp", "pixel_head.mlp"),
+        ("pred_head", "pixel_head"),
+    )
     for old, new in renames:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -77,7 +81,9 @@ def crop_group(
     if not targets:
         picked[1] = picked[1][:, :0]
     rows = [
-        torch.stack([patchify(image, patch_px, layout)[chosen] for image, chosen in zip(images, patches, strict=True)])
+        torch.stack(
+            [patchify(image, patch_px, layout)[chosen] for image, chosen in zip(images, patches, strict=True)]
+        )
         for images, layout, patches in zip(
             (student, student, teacher), ("cpq", "pqc", "cpq"), picked, strict=True
         )
@@ -92,7 +98,9 @@ def relative(got: Tensor, want: Tensor) -> float:
     return (got - want).norm().item() / (scale or 1.0)
 
 
-def check_step(model: PerA, optimizer: AdamWEMA, hparams: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+def check_step(
+    model: PerA, optimizer: AdamWEMA, hparams: dict[str, Any], step: dict[str, Any]
+) -> dict[str, Any]:
     inputs, depth = step["inputs"], hparams["depth"]
     groups = [
         crop_group(
@@ -145,7 +153,8 @@ def check_step(model: PerA, optimizer: AdamWEMA, hparams: dict[str, Any], step: 
     if "state_after" in step:
         state = model.state_dict()
         result["parameters"] = {
-            name: (state[ours(name)] - value).abs().max().item() for name, value in step["state_after"].items()
+            name: (state[ours(name)] - value).abs().max().item()
+            for name, value in step["state_after"].items()
         }
     return result
 

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from pera_fast.config import PRESETS, Config, ConfigError, CropConfig, ModelConfig, from_dict, load_yaml, save_yaml
+from pera_fast.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    CropConfig,
+    ModelConfig,
+    from_dict,
+    load_yaml,
+    save_yaml,
+)
 
 
 def test_the_papers_mask_counts() -> None:
@@ -70,13 +79,28 @@ def test_not_yaml(text: str, tmp_path: Path) -> None:
         (lambda: ModelConfig(num_heads=5), "num_heads: expected a divisor of embed_dim = 768, got 5"),
         (lambda: ModelConfig(depth=0), "depth: expected a whole number of at least 1, got 0"),
         (lambda: ModelConfig(drop_path=1.0), "drop_path: expected .* got 1.0"),
-        (lambda: CropConfig(student_ratio=0.5, teacher_ratio=0.6), r"student_ratio \+ teacher_ratio: .* got 1.1"),
+        (
+            lambda: CropConfig(student_ratio=0.5, teacher_ratio=0.6),
+            r"student_ratio \+ teacher_ratio: .* got 1.1",
+        ),
         (lambda: CropConfig(student_ratio=0.0), "student_ratio: expected a share between 0 and 1, got 0.0"),
-        (lambda: Config(crops=CropConfig(student_ratio=0.4, teacher_ratio=0.6)), "at least one patch in each set"),
-        (lambda: Config(crops=CropConfig(global_px=450)), "global_px: expected a multiple of patch_px = 16, got 450"),
+        (
+            lambda: Config(crops=CropConfig(student_ratio=0.4, teacher_ratio=0.6)),
+            "at least one patch in each set",
+        ),
+        (
+            lambda: Config(crops=CropConfig(global_px=450)),
+            "global_px: expected a multiple of patch_px = 16, got 450",
+        ),
         (lambda: Config(crops=CropConfig(local_px=16)), "at least one patch in each set of a 16 px crop"),
-        (lambda: replace(PRESETS["demo"], data=replace(PRESETS["demo"].data, bands=(1, 2))), "bands: .* got 2"),
-        (lambda: replace(PRESETS["demo"].run, eval_train="a"), "eval_train and eval_val: expected both or neither"),
+        (
+            lambda: replace(PRESETS["demo"], data=replace(PRESETS["demo"].data, bands=(1, 2))),
+            "bands: .* got 2",
+        ),
+        (
+            lambda: replace(PRESETS["demo"].run, eval_train="a"),
+            "eval_train and eval_val: expected both or neither",
+        ),
         (lambda: replace(PRESETS["demo"].optim, clip_norm=0.0), "clip_norm"),
         (lambda: replace(PRESETS["demo"].optim, lr=float("nan")), "lr: expected a finite number"),
     ],

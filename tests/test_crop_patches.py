@@ -112,13 +112,22 @@ def test_against_the_recorded_pillow_pipeline() -> None:
     ("change", "sentence"),
     [
         ({"crop_px": 10}, "crop_px: expected a multiple of patch_px = 4, got 10"),
-        ({"student_patches": torch.tensor([[4]])}, "student_patches: expected indices from 0 to 3, got 4 to 4"),
-        ({"target_patches": torch.zeros(2, 1, dtype=torch.int64)}, r"target_patches: expected shape \[1, count\]"),
+        (
+            {"student_patches": torch.tensor([[4]])},
+            "student_patches: expected indices from 0 to 3, got 4 to 4",
+        ),
+        (
+            {"target_patches": torch.zeros(2, 1, dtype=torch.int64)},
+            r"target_patches: expected shape \[1, count\]",
+        ),
         ({"low": torch.zeros(1, 2)}, r"low: expected shape \[1, 3\], got \[1, 2\]"),
         ({"table": table([[0, 0, 9, 8]])}, r"table.box\[0\]: expected a box inside the 8x8 image"),
         ({"table": table([[-1, 0, 8, 8]])}, r"table.box\[0\]: .* got top -1"),
         ({"table": table([[0, 0, 0, 8]])}, r"table.box\[0\]: .* height 0"),
-        ({"table": table([[0, 0, 8, 8]])._replace(image=torch.tensor([1]))}, r"table.image\[0\]: expected 0 to 0, got 1"),
+        (
+            {"table": table([[0, 0, 8, 8]])._replace(image=torch.tensor([1]))},
+            r"table.image\[0\]: expected 0 to 0, got 1",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, object], sentence: str) -> None:

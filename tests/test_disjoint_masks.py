@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pera_fast.ops import BackendError, _dispatch, _library, disjoint_masks
-from pera_fast.ops.disjoint_masks import disjoint_masks_reference, philox4x32_10
+from pera_fast.reference import disjoint_masks as disjoint_masks_reference
+from pera_fast.reference import philox4x32_10
 
 needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
 needs_cuda = pytest.mark.skipif(_library.why_no_cuda() is not None, reason=f"cuda: {_library.why_no_cuda()}")
@@ -213,7 +214,7 @@ def test_equal_keys_go_by_patch_index(backend, monkeypatch):
     keys, order = torch.stack(words, 1).flatten().sort(stable=True)
     collisions = (keys.diff() == 0).nonzero().flatten().tolist()
     assert collisions
-    for rank in collisions:
+    for rank in collisions[:2]:
         first, second = int(order[rank]), int(order[rank + 1])
         assert first < second
         student, target, _ = draw(

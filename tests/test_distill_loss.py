@@ -62,8 +62,13 @@ def test_gradients_reach_the_student_only() -> None:
     assert all(leaf.grad is None for leaf in leaves[3:])
 
     def loss(z: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        detached = {"z_teacher": p["z_teacher"].detach(), "prototypes_teacher": tuple(x.detach() for x in leaves[4:])}
-        return reference.distill_loss(**{**p, **detached, "z_student": z, "prototypes_student": (v, g)}, groups=[2, 2])
+        detached = {
+            "z_teacher": p["z_teacher"].detach(),
+            "prototypes_teacher": tuple(x.detach() for x in leaves[4:]),
+        }
+        return reference.distill_loss(
+            **{**p, **detached, "z_student": z, "prototypes_student": (v, g)}, groups=[2, 2]
+        )
 
     assert torch.autograd.gradcheck(loss, [x.detach().requires_grad_() for x in leaves[:3]])
 
@@ -114,7 +119,10 @@ def test_mean_logit_is_linear() -> None:
         ({"groups": [2, 1]}, r"groups: .* 4 in all, got \[2, 1\]"),
         ({"groups": [4, 0]}, "groups: expected at least one row per crop"),
         ({"prototypes_teacher": (torch.zeros(21, 8), torch.ones(21, 1))}, "prototypes_teacher: expected 20"),
-        ({"prototypes_student": (torch.zeros(20, 8), torch.ones(20))}, r"prototypes_student: expected g .* got \[20\]"),
+        (
+            {"prototypes_student": (torch.zeros(20, 8), torch.ones(20))},
+            r"prototypes_student: expected g .* got \[20\]",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, Any], sentence: str) -> None:

@@ -162,7 +162,7 @@ def test_untrained_backbone_is_where_a_run_starts() -> None:
     state = torch.get_rng_state()
     untrained = evaluate.untrained_backbone(CONFIG).state_dict()
     assert torch.equal(state, torch.get_rng_state())
-    teacher = Engine(CONFIG, STATISTICS, World(0, 1, CPU)).model.teacher["backbone"].state_dict()
+    teacher = Engine(CONFIG, STATISTICS, World(0, 1, CPU)).model.teacher.backbone.state_dict()
     assert untrained.keys() == teacher.keys()
     for name, value in teacher.items():
         assert torch.equal(untrained[name], value), name

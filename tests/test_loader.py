@@ -102,7 +102,9 @@ def test_mixed_dtypes_keep_their_values(tmp_path: Path) -> None:
 
     Image.new("RGB", (40, 40), (10, 20, 30)).save(tmp_path / "a.png")
     for name, dtype, value in (("b.tif", "uint16", 40000), ("c.tif", "float32", 0.25)):
-        with rasterio.open(tmp_path / name, "w", driver="GTiff", height=30, width=50, count=3, dtype=dtype) as file:
+        with rasterio.open(
+            tmp_path / name, "w", driver="GTiff", height=30, width=50, count=3, dtype=dtype
+        ) as file:
             file.write(np.full((3, 30, 50), value, dtype))
     data = dataset(tmp_path, tiny_config(batch_size=3))
     images = next(iter(make_loader(data, 0, 1))).images()
@@ -114,7 +116,9 @@ def test_statistics_must_cover_every_dtype(tmp_path: Path, image_folder: Path) -
     import rasterio
 
     statistics = dataset(image_folder).statistics
-    with rasterio.open(tmp_path / "x.tif", "w", driver="GTiff", height=9, width=9, count=3, dtype="uint16") as file:
+    with rasterio.open(
+        tmp_path / "x.tif", "w", driver="GTiff", height=9, width=9, count=3, dtype="uint16"
+    ) as file:
         file.write(np.ones((3, 9, 9), np.uint16))
     with pytest.raises(DataError, match="no scale for uint16"):
         WindowDataset(scan(tmp_path / "x.tif"), statistics, tiny_config())

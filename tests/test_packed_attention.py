@@ -43,7 +43,8 @@ def test_uniform_scores_average_the_values_exactly() -> None:
 def test_non_contiguous_input() -> None:
     wide = torch.randn(10, 3, 2, 16)
     torch.testing.assert_close(
-        ops.packed_attention(wide[..., ::2], [(2, 5)]), ops.packed_attention(wide[..., ::2].contiguous(), [(2, 5)])
+        ops.packed_attention(wide[..., ::2], [(2, 5)]),
+        ops.packed_attention(wide[..., ::2].contiguous(), [(2, 5)]),
     )
 
 

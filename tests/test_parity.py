@@ -14,7 +14,11 @@ from conftest import shared_file
 @pytest.mark.parametrize("name", ["train_step.pt", "train_step_drop_path.pt"])
 def test_recorded_steps(name: str, backend: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("parity_check.py")), str(shared_file(f"oracle/{name}"))],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("parity_check.py")),
+            str(shared_file(f"oracle/{name}")),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "PERA_FAST_BACKEND": backend},

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rasterio.transform
+import rasterio
 import torch
 from conftest import tiny_config
 from PIL import Image
@@ -46,7 +46,7 @@ def images(folder: Path, bands: int, dtype: str) -> list[Scene]:
     random = np.random.default_rng(0)
     for i, (height, width) in enumerate(((64, 72), (40, 100), (64, 72))):
         pixels = random.integers(0, 200, (bands, height, width)).astype(dtype)
-        placed = rasterio.transform.from_origin(10, 20, 1, 1)  # rasterio warns of images that lie nowhere
+        placed = rasterio.Affine(1, 0, 10, 0, -1, 20)  # rasterio warns of images that lie nowhere
         profile: dict[str, Any] = {"driver": "GTiff", "count": bands, "dtype": dtype, "transform": placed}
         with rasterio.open(folder / f"{i}.tif", "w", height=height, width=width, **profile) as file:
             file.write(pixels)

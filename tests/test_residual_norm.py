@@ -49,7 +49,10 @@ def test_gradients() -> None:
         ({"x": torch.zeros(2, 3, 4)}, r"x: expected shape \[R, D\], got \[2, 3, 4\]"),
         ({"weight": torch.zeros(5)}, r"weight: expected shape \[4\], got \[5\]"),
         ({"branch": torch.zeros(2, 4)}, r"branch: expected shape \[6, 4\], got \[2, 4\]"),
-        ({"rows": torch.tensor([1]), "branch": torch.zeros(1, 4), "scale": torch.ones(2)}, r"scale: .* got \[2\]"),
+        (
+            {"rows": torch.tensor([1]), "branch": torch.zeros(1, 4), "scale": torch.ones(2)},
+            r"scale: .* got \[2\]",
+        ),
     ],
 )
 def test_bad_input(arguments: dict[str, torch.Tensor], sentence: str) -> None:

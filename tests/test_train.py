@@ -43,8 +43,20 @@ def test_run_resume_and_records(image_folder: Path, tmp_path: Path) -> None:
         records = lines(out)
         assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
         assert records[-1]["loss"] > 0 and records[-1]["skipped_steps"] == 0
-        for name in ("lr", "weight_decay", "momentum", "teacher_temperature", "grad_norm", "images_per_second",
-                     "data_wait_share", "peak_memory_bytes", "distill_global", "distill_local", "koleo", "pixel"):
+        for name in (
+            "lr",
+            "weight_decay",
+            "momentum",
+            "teacher_temperature",
+            "grad_norm",
+            "images_per_second",
+            "data_wait_share",
+            "peak_memory_bytes",
+            "distill_global",
+            "distill_local",
+            "koleo",
+            "pixel",
+        ):
             assert name in records[-1]
         assert list((out / "tensorboard").glob("events.*")) and (out / "config.yaml").exists()
         assert (out / "report.html").stat().st_size > 10_000
@@ -76,7 +88,9 @@ def test_yaml_config_is_read_and_written(image_folder: Path, tmp_path: Path) -> 
         1, "--workers", 0, "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    again = run_module("pera_fast.train", "--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again")
+    again = run_module(
+        "pera_fast.train", "--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again"
+    )
     assert again.returncode == 0, again.stderr
     assert lines(tmp_path / "again")[0]["loss"] == lines(tmp_path / "run")[0]["loss"]
 
@@ -117,7 +131,12 @@ def mostly_bad(folder: Path) -> list[object]:
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments: object, sentence: str, tmp_path: Path) -> None:
     done = run_module(
-        "pera_fast.train", "--device", "cpu", "--out", tmp_path / "run", *arguments(tmp_path)  # type: ignore[operator]
+        "pera_fast.train",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+        *arguments(tmp_path),  # type: ignore[operator]
     )
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]

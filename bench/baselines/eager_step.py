@@ -57,7 +57,7 @@ def step(
     model: PerA, config: Config, views: Views, chosen: list[tuple[Tensor, Tensor, Tensor]], tau_teacher: float
 ) -> Tensor:
     """Loss of one batch. chosen: (student, target, teacher) patch indices of each crop size."""
-    student, teacher = model.student["backbone"], model.teacher["backbone"]
+    student, teacher = model.student.backbone, model.teacher.backbone
     drop_path, middle = config.model.drop_path, len(student.blocks) // 2
     patch_px = config.model.patch_px
     inputs, teacher_inputs = [], []
@@ -70,7 +70,7 @@ def step(
         for block in teacher.blocks:
             teacher_inputs = [run_block(block, x, 0.0) for x in teacher_inputs]
         t_logits = torch.cat(
-            [head_logits(model.teacher["cls_head"], teacher.norm(x)[:, 0]) for x in teacher_inputs]
+            [head_logits(model.teacher.cls_head, teacher.norm(x)[:, 0]) for x in teacher_inputs]
         )
     for i, block in enumerate(student.blocks):
         if i == middle:
@@ -79,7 +79,7 @@ def step(
             inputs[0] = torch.cat((inputs[0], masked.to(inputs[0].dtype)), dim=1)
         inputs = [run_block(block, x, drop_path) for x in inputs]
     normed = [student.norm(x) for x in inputs]
-    s_logits = torch.cat([head_logits(model.student["cls_head"], x[:, 0]) for x in normed])
+    s_logits = torch.cat([head_logits(model.student.cls_head, x[:, 0]) for x in normed])
     return loss(model, config, views, chosen, s_logits, t_logits, normed[0], tau_teacher)
 
 

@@ -30,7 +30,9 @@ def _view(image: Image.Image, factor: list[float], order: list[int], grey: bool)
     return image
 
 
-def crop_pairs(images: list[np.ndarray], table: CropTable, crop_px: int, mean: Tensor, std: Tensor) -> list[Tensor]:
+def crop_pairs(
+    images: list[np.ndarray], table: CropTable, crop_px: int, mean: Tensor, std: Tensor
+) -> list[Tensor]:
     """Student and teacher views of all crops. images: uint8 [3, H, W] -> two float32 [n, 3, crop_px, crop_px]."""
     opened = [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in images]
     views: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -39,11 +41,15 @@ def crop_pairs(images: list[np.ndarray], table: CropTable, crop_px: int, mean: T
         crop = opened[source].crop((left, top, left + width, top + height))
         crop = crop.resize((crop_px, crop_px), Image.Resampling.BILINEAR)
         for on, flip in zip(
-            table.flip[i].tolist(), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM), strict=True
+            table.flip[i].tolist(),
+            (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM),
+            strict=True,
         ):
             crop = crop.transpose(flip) if on else crop
         for view in range(2):
-            coloured = _view(crop, table.factor[i, view].tolist(), table.order[i, view].tolist(), bool(table.grey[i, view]))
+            coloured = _view(
+                crop, table.factor[i, view].tolist(), table.order[i, view].tolist(), bool(table.grey[i, view])
+            )
             tensor = torch.from_numpy(np.array(coloured)).permute(2, 0, 1).float().div_(255)
             views[view].append(tensor.sub_(mean[:, None, None]).div_(std[:, None, None]))
     return [torch.stack(view) for view in views]

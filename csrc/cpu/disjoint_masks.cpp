@@ -1,7 +1,7 @@
 #include "../disjoint_masks.h"
 
-#include <omp.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
@@ -62,21 +62,20 @@ Masks disjoint_masks(
 
   const int64_t groups = (num_patches + 3) / 4;
   // A thread costs more to wake than a few crops cost to draw.
-  const int64_t useful_threads = std::max<int64_t>(1, crops * num_patches / 4096);
-  const int threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), useful_threads));
-  // Allocated here because an exception must not leave the parallel region.
-  std::vector<uint64_t> all_words(static_cast<size_t>(threads) * 4 * groups);
-  std::vector<uint8_t> all_sets(static_cast<size_t>(threads) * num_patches);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < crops; ++row) {
-    uint64_t* const words = all_words.data() + omp_get_thread_num() * 4 * groups;
-    uint8_t* const sets = all_sets.data() + omp_get_thread_num() * num_patches;
-    fill_sort_words(
-        words, groups, static_cast<uint64_t>(seed), static_cast<uint32_t>(step), crop[row * crop_stride]);
-    select_patches(
-        words, sets, num_patches, num_student, num_target, student + row * num_student,
-        target + row * num_target, teacher + row * num_teacher);
-  }
+  const int64_t crops_per_thread = std::max<int64_t>(1, 4096 / num_patches);
+  // torch's own thread pool: a second OpenMP runtime would fight it for the cores.
+  torch::stable::parallel_for(0, crops, crops_per_thread, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> words(4 * groups);
+    std::vector<uint8_t> sets(num_patches);
+    for (int64_t row = begin; row < end; ++row) {
+      fill_sort_words(
+          words.data(), groups, static_cast<uint64_t>(seed), static_cast<uint32_t>(step),
+          crop[row * crop_stride]);
+      select_patches(
+          words.data(), sets.data(), num_patches, num_student, num_target, student + row * num_student,
+          target + row * num_target, teacher + row * num_teacher);
+    }
+  });
   return masks;
 }
 

@@ -13,7 +13,11 @@ _NUM_OPERATIONS = 4
 
 
 def draw_box(
-    random: np.random.Generator, height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
+    random: np.random.Generator,
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """A random-resized crop's (top, left, height, width) inside a height x width image, at least 1 pixel.
 

@@ -103,7 +103,8 @@ class WindowDataset(Dataset[Sample]):
                 continue
             low, high = self.statistics.scale_of(scene.dtype)
             crops = {
-                kind: draw_crops(random, *pixels.shape[1:], self.config.crops, kind) for kind in ("global", "local")
+                kind: draw_crops(random, pixels.shape[1], pixels.shape[2], self.config.crops, kind)
+                for kind in ("global", "local")
             }
             return Sample(pixels, low.astype(np.float32), high.astype(np.float32), crops, bad)
         raise UnreadableImage(bad[0][0], f"no image is readable any more; the first: {bad[0][1]}")
@@ -189,13 +190,18 @@ class StreamSampler:
 
 
 def make_loader(
-    dataset: WindowDataset, start_step: int, total_steps: int, rank: int = 0, ranks: int = 1, pin: bool = False
-) -> DataLoader[Batch]:
-    """Batches of one rank in order, one per forward pass."""
+    dataset: WindowDataset,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    ranks: int = 1,
+    pin: bool = False,
+) -> DataLoader:
+    """`Batch`es of one rank in order, one per forward pass."""
     config = dataset.config
     return DataLoader(
         dataset,
-        batch_sampler=StreamSampler(config, start_step, total_steps, rank, ranks),  # type: ignore[arg-type]
+        batch_sampler=StreamSampler(config, start_step, total_steps, rank, ranks),
         collate_fn=collate,
         num_workers=config.data.workers,
         pin_memory=pin,

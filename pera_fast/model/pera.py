@@ -37,6 +37,19 @@ class Losses(NamedTuple):
     koleo_neighbours: Tensor  # int64 [num_global, batch]
 
 
+class Network(nn.Module):
+    """Backbone and CLS head: what student and teacher each are."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(config.model, config.crops.global_px)
+        self.cls_head = Head(config.model, config.model.num_prototypes)
+
+    def prototypes(self) -> tuple[Tensor, Tensor]:
+        """(v [K, bottleneck], g [K, 1]) of the weight-normalised last layer."""
+        return self.cls_head.last_layer.weight_v, self.cls_head.last_layer.weight_g
+
+
 class PerA(nn.Module):
     """The method's networks: student, EMA teacher, mask token, pixel head and centre.
 
@@ -49,12 +62,7 @@ class PerA(nn.Module):
         super().__init__()
         self.config = config
         model = config.model
-        self.student = nn.ModuleDict(
-            {
-                "backbone": VisionTransformer(model, config.crops.global_px),
-                "cls_head": Head(model, model.num_prototypes),
-            }
-        )
+        self.student = Network(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim).normal_(std=0.02))
         self.pixel_head = Head(model, model.patch_px**2 * model.in_bands)
@@ -69,7 +77,7 @@ class PerA(nn.Module):
         self, groups: Sequence[CropGroup], subsets: Sequence[Subset]
     ) -> tuple[Tensor, Tensor]:
         """(z [crops × images, bottleneck] unit rows, predicted pixels [target patches, p²·C])."""
-        backbone = self.student["backbone"]
+        backbone = self.student.backbone
         tokens, positions = self._embed(backbone, [(g.student_rows, g.student_patches) for g in groups])
         middle = len(backbone.blocks) // 2
         x = torch.cat([t.flatten(0, 1) for t in tokens])
@@ -88,17 +96,17 @@ class PerA(nn.Module):
         target_rows = target_rows[:, tokens[0].shape[1] :].flatten()
         normed = backbone.norm_rows(x, torch.cat((cls_rows, target_rows)))
         cls, targets = normed.split([len(cls_rows), len(target_rows)])
-        return self.student["cls_head"](cls), self.pixel_head.last_layer(self.pixel_head(targets))
+        return self.student.cls_head(cls), self.pixel_head.last_layer(self.pixel_head(targets))
 
     @torch.no_grad()
     def teacher_forward(self, groups: Sequence[CropGroup]) -> Tensor:
         """z [crops × images, bottleneck] unit rows."""
-        backbone = self.teacher["backbone"]
+        backbone = self.teacher.backbone
         tokens, _ = self._embed(backbone, [(g.teacher_rows, g.teacher_patches) for g in groups])
         shapes: Groups = [(t.shape[0], t.shape[1]) for t in tokens]
         x = torch.cat([t.flatten(0, 1) for t in tokens])
         x = backbone.blocks_forward(x, slice(None), [Subset(shapes)] * (2 * len(backbone.blocks)))
-        return self.teacher["cls_head"](backbone.norm_rows(x, _cls_rows(shapes, x.device)))
+        return self.teacher.cls_head(backbone.norm_rows(x, _cls_rows(shapes, x.device)))
 
     def forward(
         self,
@@ -115,11 +123,10 @@ class PerA(nn.Module):
         optim, crops = self.config.optim, self.config.crops
         z_teacher = self.teacher_forward(groups)
         z_student, predicted = self.student_forward(groups, subsets)
-        prototypes = [self.student["cls_head"].last_layer, self.teacher["cls_head"].last_layer]
-        (v, g), teacher_prototypes = ((p.weight_v, p.weight_g) for p in prototypes)
+        v, g = self.student.prototypes()
         batch = len(groups[0].student_rows) // crops.num_global
         distill = ops.distill_loss(
-            z_student, z_teacher, (v, g), teacher_prototypes, self.centre, optim.student_temperature,
+            z_student, z_teacher, (v, g), self.teacher.prototypes(), self.centre, optim.student_temperature,
             teacher_temperature, [batch] * (len(z_student) // batch),
         )  # fmt: skip
 
@@ -137,12 +144,11 @@ class PerA(nn.Module):
     @torch.no_grad()
     def next_centre(self, z_teacher_mean: Tensor) -> Tensor:
         """The centre that the next step uses: an EMA of the mean teacher logit. [bottleneck] -> [K]."""
-        last = self.teacher["cls_head"].last_layer
-        mean = ops.mean_prototype_logit(z_teacher_mean, last.weight_v, last.weight_g)
+        mean = ops.mean_prototype_logit(z_teacher_mean, *self.teacher.prototypes())
         return torch.lerp(mean, self.centre, self.config.optim.centre_momentum)
 
     def _embed(
-        self, backbone: nn.Module, inputs: Sequence[tuple[Tensor, Tensor]]
+        self, backbone: VisionTransformer, inputs: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens [n, 1 + patches, D] and position table [L, D] of each crop size."""
         crops, patch_px = self.config.crops, self.config.model.patch_px
@@ -168,7 +174,10 @@ def draw_subsets(
     if drop_path > 0:
         sizes = [max(int(count * (1 - drop_path)), 1) for count in counts]
         chosen = [
-            [torch.from_numpy(random.permutation(count)[:size]) for count, size in zip(counts, sizes, strict=True)]
+            [
+                torch.from_numpy(random.permutation(count)[:size])
+                for count, size in zip(counts, sizes, strict=True)
+            ]
             for _ in range(2 * depth)
         ]
     return make_subsets(groups, depth, chosen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -116,10 +117,9 @@ class VisionTransformer(nn.Module):
 
     def blocks_forward(self, x: Tensor, blocks: slice, subsets: Sequence[Subset]) -> Tensor:
         """Run some of the blocks on x [rows, D]; subsets: one per branch (attention, MLP, attention, …)."""
-        branches = [
-            pair for b in self.blocks[blocks] for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))
-        ]
         output, last = None, Subset(())
+        chosen = cast(list[Block], list(self.blocks[blocks]))
+        branches = [pair for b in chosen for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))]
         for (norm, branch), subset in zip(branches, subsets, strict=True):
             x, normed = ops.residual_norm(
                 x, output, last.rows, last.scale, subset.rows, norm.weight, norm.bias, norm.eps
@@ -139,7 +139,10 @@ class VisionTransformer(nn.Module):
         """
         batch, _, height, width = images.shape
         grid_height, grid_width = height // self.patch_px, width // self.patch_px
-        if min(height, width) < 1 or (grid_height * self.patch_px, grid_width * self.patch_px) != (height, width):
+        if min(height, width) < 1 or (grid_height * self.patch_px, grid_width * self.patch_px) != (
+            height,
+            width,
+        ):
             raise ValueError(
                 f"images: expected height and width in multiples of {self.patch_px}, got {height}x{width}"
             )
@@ -149,7 +152,9 @@ class VisionTransformer(nn.Module):
         length = x.shape[1]
         subsets = [Subset([(batch, length)])] * (2 * len(self.blocks))
         x = self.blocks_forward(x.flatten(0, 1), slice(None), subsets)
-        normed = ops.residual_norm(x, None, None, None, None, self.norm.weight, self.norm.bias, self.norm.eps)[1]
+        normed = ops.residual_norm(
+            x, None, None, None, None, self.norm.weight, self.norm.bias, self.norm.eps
+        )[1]
         tokens = normed.unflatten(0, (batch, length))
         return tokens[:, 0], tokens[:, 1:]
 

@@ -80,7 +80,7 @@ def resolve(op: str, device_type: str) -> Implementation:
     Raises BackendError when the requested backend cannot run there.
     """
     choice = requested(op)
-    skipped = []
+    skipped: list[str] = []
     for implementation in _registry[op]:
         if choice not in ("auto", implementation.backend):
             continue

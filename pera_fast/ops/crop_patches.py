@@ -58,7 +58,11 @@ def crop_patches(
         if not 0 <= source < len(images):
             raise ValueError(f"table.image[{crop}]: expected 0 to {len(images) - 1}, got {source}")
         image_height, image_width = images[source].shape[1:]
-        if min(top, left, height - 1, width - 1) < 0 or top + height > image_height or left + width > image_width:
+        if (
+            min(top, left, height - 1, width - 1) < 0
+            or top + height > image_height
+            or left + width > image_width
+        ):
             raise ValueError(
                 f"table.box[{crop}]: expected a box inside the {image_height}x{image_width} image, "
                 f"got top {top}, left {left}, height {height}, width {width}"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
 
 # The CUDA kernel sorts one crop in one block's shared memory (csrc/cuda/disjoint_masks.h).
 MAX_PATCHES_CUDA = 8192
-
-_UINT32 = 0xFFFFFFFF
 
 
 def disjoint_masks(
@@ -67,36 +66,6 @@ def disjoint_masks(
     return implementation.function(crop_index, seed, step, num_patches, num_student, num_target)
 
 
-def philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10: four output words for four counter words, all uint32 values in int64 tensors."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # int64 products wrap modulo 2**64, so their bits are those of the unsigned product.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((p1 >> 32) & _UINT32) ^ c1 ^ k0, p1 & _UINT32
-        c2, c3 = ((p0 >> 32) & _UINT32) ^ c3 ^ k1, p0 & _UINT32
-        k0, k1 = (k0 + 0x9E3779B9) & _UINT32, (k1 + 0xBB67AE85) & _UINT32
-    return [c0, c1, c2, c3]
-
-
-def disjoint_masks_reference(
-    crop_index: Tensor, seed: int, step: int, num_patches: int, num_student: int, num_target: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`disjoint_masks` in plain PyTorch; the other backends give the same integers."""
-    crop = crop_index[:, None]
-    group = torch.arange((num_patches + 3) // 4, device=crop_index.device)[None, :]
-    zeros = torch.zeros_like(crop + group)
-    counter = [zeros + group, zeros + step, zeros + (crop & _UINT32), zeros + ((crop >> 32) & _UINT32)]
-    words = philox4x32_10(counter, (seed & _UINT32, (seed >> 32) & _UINT32))
-    keys = torch.stack(words, dim=-1).flatten(1)[:, :num_patches]
-    order = keys.argsort(dim=1, stable=True)  # stable: equal keys stay in order of their patch index
-    student, target, teacher = order.split(
-        [num_student, num_target, num_patches - num_student - num_target], dim=1
-    )
-    return student.sort(1).values, target.sort(1).values, teacher.sort(1).values
-
-
 def _compiled(
     crop_index: Tensor, seed: int, step: int, num_patches: int, num_student: int, num_target: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,4 +91,4 @@ if _library.why_no_cpp() is None:
 
 _dispatch.register("disjoint_masks", "cuda", _compiled, _library.why_no_cuda)
 _dispatch.register("disjoint_masks", "cpp", _compiled, _library.why_no_cpp)
-_dispatch.register("disjoint_masks", "reference", disjoint_masks_reference)
+_dispatch.register("disjoint_masks", "reference", reference.disjoint_masks)

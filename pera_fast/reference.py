@@ -71,9 +71,8 @@ def luma(rgb: Tensor) -> Tensor:
 
 def shift_hue(rgb: Tensor, turn: float) -> Tensor:
     """Turn the hue of [3, H, W] values in 0..1 by `turn` (1 = full circle), through HSV."""
-    value, _ = rgb.max(0)
-    low, _ = rgb.min(0)
-    chroma = value - low
+    value = rgb.amax(0)
+    chroma = value - rgb.amin(0)
     safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
     r, g, b = (value - rgb) / safe
     hue = torch.where(rgb[0] == value, b - g, torch.where(rgb[1] == value, 2 + r - b, 4 + g - r))
@@ -110,19 +109,24 @@ def colour(image: Tensor, factor: Tensor, order: Tensor, grey: bool) -> Tensor:
 
 def cut(image: Tensor, box: Sequence[int], flip: Sequence[bool], crop_px: int) -> Tensor:
     """Crop, resize with antialiased bilinear, flip. [C, H, W] -> [C, crop_px, crop_px]."""
-    top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width]
+    crop = window(image, box)[None]
     crop = F.interpolate(crop, (crop_px, crop_px), mode="bilinear", antialias=True, align_corners=False)[0]
     axes = [axis for axis, on in ((2, flip[0]), (1, flip[1])) if on]
     return crop.flip(axes) if axes else crop
 
 
-def patchify(image: Tensor, patch_px: int, order: str) -> Tensor:
-    """[C, H, W] -> [L, C * patch_px**2] in raster order; order "cpq" or "pqc" within a patch."""
-    bands, height, width = image.shape
-    tiles = image.reshape(bands, height // patch_px, patch_px, width // patch_px, patch_px)
-    permutation = (1, 3, 0, 2, 4) if order == "cpq" else (1, 3, 2, 4, 0)
-    return tiles.permute(permutation).reshape(-1, bands * patch_px**2)
+def window(image: Tensor, box: Sequence[int]) -> Tensor:
+    """The pixels of a box (top, left, height, width). [C, H, W] -> [C, height, width]."""
+    top, left, height, width = box
+    return image[:, top : top + height, left : left + width]
+
+
+def patchify(images: Tensor, patch_px: int, order: str) -> Tensor:
+    """[..., C, H, W] -> [..., L, C * patch_px**2] in raster order; order "cpq" or "pqc" within a patch."""
+    *batch, bands, height, width = images.shape
+    tiles = images.reshape(-1, bands, height // patch_px, patch_px, width // patch_px, patch_px)
+    permutation = (0, 2, 4, 1, 3, 5) if order == "cpq" else (0, 2, 4, 3, 5, 1)
+    return tiles.permute(permutation).reshape(*batch, -1, bands * patch_px**2)
 
 
 def crop_patches(
@@ -140,22 +144,25 @@ def crop_patches(
     std: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Augment and gather. See pera_fast.ops.crop_patches for shapes; works in the dtype of `low`."""
-    rows: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for crop, source in enumerate(table.image.tolist()):
-        scale = (high[source] - low[source])[:, None, None]
-        image = ((images[source].to(low.dtype) - low[source][:, None, None]) / scale).clamp(0, 1)
-        image = cut(image, table.box[crop].tolist(), table.flip[crop].tolist(), crop_px)
-        views = []
+    boxes, flips, sources = table.box.tolist(), table.flip.tolist(), table.image.tolist()
+    views: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for crop, (source, box, flip) in enumerate(zip(sources, boxes, flips, strict=True)):
+        base, span = low[source][:, None, None], (high - low)[source][:, None, None]
+        pixels = ((window(images[source], box).to(low.dtype) - base) / span).clamp(0, 1)
+        pixels = cut(pixels, (0, 0, *box[2:]), flip, crop_px)
         for view in range(2):
-            coloured = colour(
-                image, table.factor[crop, view], table.order[crop, view], bool(table.grey[crop, view])
-            )
-            views.append((coloured - mean[:, None, None]) / std[:, None, None])
-        rows[0].append(patchify(views[0], patch_px, "cpq")[student_patches[crop]])
-        rows[1].append(patchify(views[0], patch_px, "pqc")[target_patches[crop]])
-        rows[2].append(patchify(views[1], patch_px, "cpq")[teacher_patches[crop]])
-    student, target, teacher = (torch.stack(group) for group in rows)
-    return student, target, teacher
+            how = table.factor[crop, view], table.order[crop, view], bool(table.grey[crop, view])
+            views[view].append(colour(pixels, *how))
+    student_view, teacher_view = ((torch.stack(v) - mean[:, None, None]) / std[:, None, None] for v in views)
+
+    def gather(view: Tensor, patches: Tensor, order: str) -> Tensor:
+        return patchify(view, patch_px, order).take_along_dim(patches[:, :, None], dim=1)
+
+    return (
+        gather(student_view, student_patches, "cpq"),
+        gather(student_view, target_patches, "pqc"),
+        gather(teacher_view, teacher_patches, "cpq"),
+    )
 
 
 # --- packed_attention -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.distributed import World
 from pera_fast.engine import Engine, StepReport
 from pera_fast.evaluate import class_folder_tiles, compare_with_untrained, knn, scene_halves
+from pera_fast.features import Tile
 from pera_fast.report import write_report
 from pera_fast.schedules import Schedules, StepValues
 
@@ -42,6 +43,8 @@ class Run:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.out = Path(config.run.out)
+        # Before the work rather than after it: a folder that cannot be evaluated on is refused here.
+        self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
         self.index: SceneIndex = scan(config.data.data or DEMO_SCENES, config.data.max_bad_share)
         self.statistics = found.statistics if found else self._statistics()
@@ -85,7 +88,7 @@ class Run:
                 self.out / "checkpoints", done, self.engine.model, self.engine.optimizer, self.config,
                 self.statistics, run.keep_checkpoints,
             )  # fmt: skip
-        if run.eval_every and done % run.eval_every == 0 and run.eval_train and run.eval_val:
+        if run.eval_every and done % run.eval_every == 0:
             self._evaluate_now(done)
 
     def finish(self) -> None:
@@ -94,15 +97,9 @@ class Run:
         if not self.world.is_first:
             return
         opened = checkpoint.Checkpoint.open(self.out)
-        if self.config.run.eval_train and self.config.run.eval_val:
-            tiles = (
-                class_folder_tiles(self.config.run.eval_train),
-                class_folder_tiles(self.config.run.eval_val),
-            )
-        elif self.config.data.data is None:
+        tiles = self._eval_tiles
+        if tiles is None and self.config.data.data is None:
             tiles = scene_halves(self.index.scenes)
-        else:
-            tiles = None
         if tiles is not None:
             result = compare_with_untrained(
                 opened.teacher(), self.config, self.statistics, *tiles, device=self.world.device
@@ -120,12 +117,16 @@ class Run:
 
     def _evaluate_now(self, step: int) -> None:
         """k-NN of the teacher as it is, on rank 0, into metrics.jsonl and TensorBoard."""
-        run = self.config.run
-        if self.world.is_first and run.eval_train and run.eval_val:
+        if self.world.is_first and self._eval_tiles:
             teacher = self.engine.model.teacher.backbone
-            tiles = class_folder_tiles(run.eval_train), class_folder_tiles(run.eval_val)
-            result = knn(teacher, self.config, self.statistics, *tiles, device=self.world.device)
+            result = knn(teacher, self.config, self.statistics, *self._eval_tiles, device=self.world.device)
             self.records.value(step, "knn_top1", result["top1"])
+
+    def _class_folders(self) -> tuple[list[Tile], list[Tile]] | None:
+        run = self.config.run
+        if run.eval_train is None or run.eval_val is None:
+            return None
+        return class_folder_tiles(run.eval_train), class_folder_tiles(run.eval_val)
 
     def _checkpoint(self) -> checkpoint.Checkpoint | None:
         """The checkpoint to go on from, None when there is none yet; it must be of the same networks."""

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: build, tests, memory checker, benchmarks. Results land in $OUT.
+# A failing part does not stop the later ones; the exit code tells whether all went well.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu_out}
+mkdir -p "$OUT"
+failed=0
+
+part() {  # part NAME COMMAND...: run it, keep its output, note how it ended
+  local name=$1 log
+  log="$OUT/$1.log"
+  shift
+  "$@" >"$log" 2>&1
+  local code=$?
+  echo "$name: exit $code" | tee -a "$OUT/summary.txt"
+  if [ $code -ne 0 ]; then tail -n 20 "$log"; failed=1; fi
+}
+
+export PERA_FAST_REQUIRE_CUDA=1
+part build python3 -m pip install --no-deps --no-build-isolation -e .
+part info python3 -m pera_fast.info --json
+part tests python3 -m pytest -q tests/test_build.py tests/test_disjoint_masks.py tests/test_aot.py tests/test_engine.py
+if command -v compute-sanitizer >/dev/null; then
+  part sanitizer compute-sanitizer --error-exitcode 1 python3 -m pytest -q tests/test_disjoint_masks.py -k cuda
+fi
+part train python3 -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
+part bench python3 -m pytest bench/ --benchmark-only -q --benchmark-json="$OUT/benchmark.json"
+nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1
+exit $failed

@@ -371,7 +371,9 @@ def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
         return dacite.from_dict(Config, merged, dacite.Config(strict=True, cast=[tuple, float]))
     except dacite.UnexpectedDataError as error:
         raise ConfigError(f"config: unknown setting {', '.join(sorted(error.keys))}") from None
-    except dacite.DaciteError as error:
+    except ConfigError:
+        raise
+    except (dacite.DaciteError, ValueError, TypeError) as error:  # the latter two: casts to float and tuple
         raise ConfigError(f"config: {error}") from None
 
 

@@ -7,12 +7,11 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ import pera_fast
 from pera_fast import checkpoint
 from pera_fast.config import Config, ConfigError, save_yaml, to_dict
 from pera_fast.data.loader import Batch, WindowDataset, make_loader
-from pera_fast.data.sources import DataError, SceneIndex, scan
+from pera_fast.data.sources import DataError, SceneIndex, printable, scan
 from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.distributed import World
 from pera_fast.engine import Engine, StepReport
@@ -61,8 +60,8 @@ class Run:
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
 
-    def loader(self) -> DataLoader:
-        """This rank's `Batch`es from the start step on, one per forward pass."""
+    def loader(self) -> Iterator[Batch]:
+        """This rank's batches from the start step on, one per forward pass."""
         pin = self.world.device.type == "cuda"
         return make_loader(
             self.dataset, self.start_step, self.total_steps, self.world.rank, self.world.ranks, pin
@@ -164,7 +163,7 @@ class Run:
             for path, reason in batch.bad:
                 if path not in self._bad:
                     self._bad[path] = reason
-                    _log.warning("skipped %s: %s", path, reason)
+                    _log.warning("skipped %s: %s", printable(path), reason)
         bad, all_images = len(self._bad) + len(self.index.bad), len(self.index.scenes) + len(self.index.bad)
         if bad > self.config.data.max_bad_share * all_images:
             raise DataError(

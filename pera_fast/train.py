@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> Config:
 def train(config: Config, on: World) -> None:
     """The whole run on one rank."""
     run = Run(config, on)
-    loader = iter(run.loader())
+    loader = run.loader()
     for step in range(run.start_step, run.total_steps):
         started = time.perf_counter()
         batches = [next(loader) for _ in range(config.run.accumulate)]

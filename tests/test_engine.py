@@ -35,7 +35,7 @@ def run(
     dataset = WindowDataset(index, statistics, config)
     engine = engine or Engine(config, statistics, on)
     schedules = Schedules.of(config, len(dataset), on.ranks)
-    batches = iter(make_loader(dataset, start, stop, on.rank, on.ranks))
+    batches = make_loader(dataset, start, stop, on.rank, on.ranks)
     reports = [
         engine.step(step, [next(batches) for _ in range(config.run.accumulate)], schedules.at(step))
         for step in range(start, stop)

@@ -15,7 +15,7 @@ from PIL import Image
 from pera_fast.config import Config, CropConfig
 from pera_fast.data.crops import draw_box, draw_crops
 from pera_fast.data.loader import Batch, StreamSampler, WindowDataset, make_loader
-from pera_fast.data.sources import DataError, UnreadableImage, scan
+from pera_fast.data.sources import DataError, scan
 from pera_fast.data.statistics import compute_statistics
 
 
@@ -93,8 +93,10 @@ def test_a_file_that_goes_bad_is_replaced_and_named(image_folder: Path) -> None:
     assert all(len(b.offsets) == 4 for b in batches)
     for path in image_folder.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UnreadableImage, match="no image is readable any more"):
-        data[0]
+    for workers in (0, 1):
+        data.config = replace(data.config, data=replace(data.config.data, workers=workers))
+        with pytest.raises(DataError, match=r"^no image is readable any more; the first is .*png: [^\n]*$"):
+            next(make_loader(data, 0, 1))
 
 
 def test_mixed_dtypes_keep_their_values(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_mixed_dtypes_keep_their_values(tmp_path: Path) -> None:
         ) as file:
             file.write(np.full((3, 30, 50), value, dtype))
     data = dataset(tmp_path, tiny_config(batch_size=3))
-    images = next(iter(make_loader(data, 0, 1))).images()
+    images = next(make_loader(data, 0, 1)).images()
     values = {image.dtype: image.double().flatten()[0].item() for image in images}
     assert values == {torch.uint8: 10, torch.uint16: 40000, torch.float32: 0.25}
 

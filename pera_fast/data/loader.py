@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pera_fast.config import Config
 from pera_fast.data.crops import draw_crops
-from pera_fast.data.sources import Scene, SceneIndex, UnreadableImage, read_windows
+from pera_fast.data.sources import DataError, Scene, SceneIndex, UnreadableImage, printable, read_windows
 from pera_fast.data.statistics import Statistics
 from pera_fast.reference import CropTable
 
@@ -26,6 +26,7 @@ _log = logging.getLogger("pera_fast")
 _DTYPES = (torch.uint8, torch.uint16, torch.float32)
 _ALIGN = 16  # bytes; every image starts where any dtype may be viewed
 _WINDOW_DRAWS = 10
+_DATA_ERROR = f"{DataError.__module__}.{DataError.__qualname__}"  # as a traceback names it
 
 
 class Sample(NamedTuple):
@@ -107,7 +108,7 @@ class WindowDataset(Dataset[Sample]):
                 for kind in ("global", "local")
             }
             return Sample(pixels, low.astype(np.float32), high.astype(np.float32), crops, bad)
-        raise UnreadableImage(bad[0][0], f"no image is readable any more; the first: {bad[0][1]}")
+        raise DataError(f"no image is readable any more; the first is {printable(bad[0][0])}: {bad[0][1]}")
 
     def _read(self, scene: Scene, random: np.random.Generator) -> np.ndarray:
         """A window of the scene; one with too many missing pixels is drawn again, the best one is kept."""
@@ -196,10 +197,10 @@ def make_loader(
     rank: int = 0,
     ranks: int = 1,
     pin: bool = False,
-) -> DataLoader:
-    """`Batch`es of one rank in order, one per forward pass."""
+) -> Iterator[Batch]:
+    """Batches of one rank in order, one per forward pass. DataError when no image is readable any more."""
     config = dataset.config
-    return DataLoader(
+    loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=StreamSampler(config, start_step, total_steps, rank, ranks),
         collate_fn=collate,
@@ -207,3 +208,8 @@ def make_loader(
         pin_memory=pin,
         prefetch_factor=2 if config.data.workers else None,
     )
+    try:
+        yield from loader
+    except DataError as error:
+        # A worker's exception arrives with its traceback before the sentence.
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_DATA_ERROR}: ")) from None

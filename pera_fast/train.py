@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 
 import tyro
 
@@ -29,10 +30,20 @@ def parse(arguments: list[str]) -> Config:
         f"Pre-train a remote-sensing ViT with PerA. --preset {{{','.join(PRESETS)}}} chooses the defaults "
         f"shown below (now: {known.preset}), --config FILE.yaml changes them, options change both."
     )
-    return tyro.cli(
-        Config, default=base, args=options, prog="pera_fast.train", description=description,
+    cli = partial(
+        tyro.cli, Config, default=base, args=options, prog="pera_fast.train", description=description,
         config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
+    try:
+        return cli(console_outputs=False)
+    except SystemExit as stop:
+        # tyro would frame our own sentence; what it has to say itself (help, a misspelt option) it says.
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+            cause = cause.__context__
+        return cli()
 
 
 def train(config: Config, on: World) -> None:

@@ -95,7 +95,7 @@ def test_koleo_of_one_row_and_of_equal_rows() -> None:
     z = torch.ones(1, 4, requires_grad=True)
     loss, _ = ops.koleo(z, torch.randn(9, 4), torch.ones(9, 1))
     loss.backward()
-    assert float(loss) == 0 and z.grad is not None and z.grad.abs().sum() == 0
+    assert loss.item() == 0 and z.grad is not None and z.grad.abs().sum() == 0
     twins = torch.ones(3, 4, requires_grad=True)
     loss, _ = ops.koleo(twins, torch.randn(9, 4), torch.ones(9, 1))
     loss.backward()

@@ -140,7 +140,12 @@ def commit() -> str:
     """Short hash of the checkout, with "+" when files differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True
+            ).stdout.strip()
+        except OSError:
+            return "unknown"  # no git here
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 

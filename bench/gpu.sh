@@ -4,6 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$OUT"
 failed=0
 
@@ -18,13 +19,13 @@ part() {  # part NAME COMMAND...: run it, keep its output, note how it ended
 }
 
 export PERA_FAST_REQUIRE_CUDA=1
-part build python3 -m pip install --no-deps --no-build-isolation -e .
-part info python3 -m pera_fast.info --json
-part tests python3 -m pytest -q tests/test_build.py tests/test_disjoint_masks.py tests/test_aot.py tests/test_engine.py
+part build "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
+part info "$PYTHON" -m pera_fast.info --json
+part tests "$PYTHON" -m pytest -q tests/test_build.py tests/test_disjoint_masks.py tests/test_aot.py tests/test_engine.py
 if command -v compute-sanitizer >/dev/null; then
-  part sanitizer compute-sanitizer --error-exitcode 1 python3 -m pytest -q tests/test_disjoint_masks.py -k cuda
+  part sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q tests/test_disjoint_masks.py -k cuda
 fi
-part train python3 -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
-part bench python3 -m pytest bench/ --benchmark-only -q --benchmark-json="$OUT/benchmark.json"
+part train "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
+part bench "$PYTHON" -m pytest bench/ --benchmark-only -q --benchmark-json="$OUT/benchmark.json"
 nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1
 exit $failed

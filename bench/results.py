@@ -64,7 +64,8 @@ def readme() -> None:
     """Replace what stands between the README's markers by the newest results of each machine."""
     newest: dict[str, Path] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        newest[path.stem.rsplit("_", 1)[0]] = path
+        if "rows" in json.loads(path.read_text()):
+            newest[path.stem.rsplit("_", 1)[0]] = path
     tables = "\n\n".join(table(json.loads(path.read_text())) for path in newest.values())
     path = ROOT / "README.md"
     text = path.read_text()

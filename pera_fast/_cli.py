@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. DataError and ConfigError end it with `error: <sentence>` on stderr and exit code 2.
+    """Run a command. DataError, ConfigError and BackendError end it with `error: <sentence>` on stderr and exit code 2.
 
     Any other exception is a fault of the program and keeps its traceback.
     """
     set_up_logging()
     try:
         main()
-    except ValueError as error:
+    except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -35,10 +35,14 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.setLevel(level)
 
 
-def _user_errors() -> tuple[type[ValueError], ...]:
-    """DataError and ConfigError, where their modules are loaded: else none of them can have been raised.
+def _user_errors() -> tuple[type[Exception], ...]:
+    """DataError, ConfigError and BackendError, where their modules are loaded: else none of them can have been raised.
 
     Not imported here, so that a command without data needs no image library.
     """
-    places = (("pera_fast.data.sources", "DataError"), ("pera_fast.config", "ConfigError"))
+    places = (
+        ("pera_fast.data.sources", "DataError"),
+        ("pera_fast.config", "ConfigError"),
+        ("pera_fast.ops._dispatch", "BackendError"),
+    )
     return tuple(getattr(sys.modules[module], name) for module, name in places if module in sys.modules)

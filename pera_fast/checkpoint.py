@@ -122,12 +122,16 @@ class Checkpoint:
         try:
             model.load_state_dict(self.tensors(_FILES[0]), strict=True)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"checkpoint: {self.path} does not fit this config: {reason[:300]}") from None
+            raise ConfigError(
+                f"checkpoint: {self.path} does not fit this config: {_one_line(error)}"
+            ) from None
         moments = self.tensors(_FILES[1])
         for name, parameter in zip(optimizer.names, optimizer.parameters_in_order(), strict=True):
             for key, value in optimizer.state[parameter].items():
-                value.copy_(moments[f"{key}.{name}"])
+                moment = moments.get(f"{key}.{name}")
+                if moment is None or moment.shape != value.shape:
+                    raise ConfigError(f"checkpoint: {self.path / _FILES[1]} has no fitting {key} of {name}")
+                value.copy_(moment)
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone in evaluation mode, on the CPU."""
@@ -136,8 +140,15 @@ class Checkpoint:
             k.removeprefix(prefix): v for k, v in self.tensors(_FILES[0]).items() if k.startswith(prefix)
         }
         backbone = VisionTransformer(self.config.model, self.config.crops.global_px)
-        backbone.load_state_dict(weights, strict=True)
+        try:
+            backbone.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise ConfigError(f"checkpoint: {self.path} has no whole teacher: {_one_line(error)}") from None
         return backbone.eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _sync(path: Path) -> None:

@@ -22,6 +22,15 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {got}")
 
 
+def _all_finite(config: object) -> None:
+    """Every number of a config, alone or in a tuple."""
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        _require(
+            all(math.isfinite(n) for n in numbers if isinstance(n, float)), name, "finite numbers", value
+        )
+
+
 def _positive_int(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -68,6 +77,7 @@ class ModelConfig:
     """Prototypes of the distillation loss."""
 
     def __post_init__(self) -> None:
+        _all_finite(self)
         _positive_int(
             self, "embed_dim", "depth", "num_heads", "patch_px", "in_bands", "head_hidden_dim",
             "head_bottleneck_dim", "head_layers", "num_prototypes",
@@ -118,6 +128,7 @@ class CropConfig:
     """Share of a crop's patches that the teacher sees; the rest are the student's pixel targets."""
 
     def __post_init__(self) -> None:
+        _all_finite(self)
         _positive_int(self, "global_px", "local_px", "num_global")
         _require(self.num_local >= 0, "num_local", "a whole number of at least 0", self.num_local)
         for name in ("global_area", "local_area"):
@@ -173,6 +184,7 @@ class DataConfig:
     """Processes per rank that read images (0: read in the training process)."""
 
     def __post_init__(self) -> None:
+        _all_finite(self)
         _positive_int(self, "window_px")
         _require(self.workers >= 0, "workers", "a whole number of at least 0", self.workers)
         _between(self, 0, 1, "max_nodata_share", "max_bad_share")
@@ -212,6 +224,7 @@ class OptimConfig:
     """Largest norm of the whole gradient."""
 
     def __post_init__(self) -> None:
+        _all_finite(self)
         _at_least_zero(
             self, "koleo_weight", "pixel_weight", "teacher_temperature_warmup_epochs", "warmup_epochs", "lr",
             "lr_final", "eps",
@@ -260,6 +273,7 @@ class RunConfig:
     """Steps between k-NN evaluations (0: only at the end, where the folders are given)."""
 
     def __post_init__(self) -> None:
+        _all_finite(self)
         _positive_int(
             self, "batch_size", "accumulate", "max_skipped", "log_every", "checkpoint_every",
             "keep_checkpoints",
@@ -274,6 +288,12 @@ class RunConfig:
             "eval_train and eval_val",
             "both or neither",
             f"{self.eval_train} and {self.eval_val}",
+        )
+        _require(
+            not self.eval_every or self.eval_train is not None,
+            "eval_every",
+            "eval_train and eval_val with it",
+            "neither",
         )
 
 
@@ -370,7 +390,7 @@ def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     try:
         return dacite.from_dict(Config, merged, dacite.Config(strict=True, cast=[tuple, float]))
     except dacite.UnexpectedDataError as error:
-        raise ConfigError(f"config: unknown setting {', '.join(sorted(error.keys))}") from None
+        raise ConfigError(f"config: unknown setting {', '.join(sorted(map(str, error.keys)))}") from None
     except ConfigError:
         raise
     except (dacite.DaciteError, ValueError, TypeError) as error:  # the latter two: casts to float and tuple
@@ -387,7 +407,7 @@ def load_yaml(path: str | Path, base: Config | None = None) -> Config:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
-    return from_dict(values or {}, base)
+    return from_dict({} if values is None else values, base)
 
 
 def save_yaml(config: Config, path: str | Path) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -56,11 +57,15 @@ def world(device_name: str) -> Iterator[World]:
     if device_name == "cuda" and not has_cuda:
         raise ConfigError("device: expected a machine with a CUDA GPU, got none that this torch can use")
     use_cuda = has_cuda and device_name != "cpu"
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise ConfigError(f"nproc-per-node: expected at most one rank per GPU, {gpus}, got rank {local_rank}")
     if use_cuda:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if ranks > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        # The others wait while rank 0 evaluates, which may take longer than the default of ten minutes.
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=2))
     try:
         yield World(int(os.environ.get("RANK", "0")), ranks, device)
     finally:

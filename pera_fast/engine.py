@@ -52,7 +52,7 @@ class Engine:
         )  # fmt: skip
         self._forward: PerA | DistributedDataParallel = self.model
         if self.world.ranks > 1:
-            self._forward = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self._forward = DistributedDataParallel(self.model)
         data, device = self.config.data, self.world.device
         self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)

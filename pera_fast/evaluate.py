@@ -144,7 +144,7 @@ def knn(
     """
     if k < 1:
         raise ConfigError(f"k: expected a whole number of at least 1, got {k}")
-    _check_classes([t.label or "" for t in train_tiles], [t.label or "" for t in val_tiles])
+    check_tiles(train_tiles, val_tiles, statistics)
     train, val = (
         extract(backbone, tiles, config, statistics, device, progress=progress)
         for tiles in (train_tiles, val_tiles)
@@ -157,7 +157,7 @@ def knn(
             raise DataError(f"no {name} image can be read; the first is {printable(path)}: {reason}")
         if not bool(torch.isfinite(features.cls).all()):
             raise DataError(f"the network's features of the {name} images are not finite")
-    _check_classes(train.labels, val.labels)
+    check_classes(train.labels, val.labels)
     if k > len(train.labels):
         _log.warning("k = %d is more than the train images: using all %d", k, len(train.labels))
         k = len(train.labels)
@@ -182,7 +182,7 @@ def _votes(distances: np.ndarray) -> np.ndarray:
     return np.exp(-distances / _TEMPERATURE)
 
 
-def _check_classes(train: Sequence[str], val: Sequence[str]) -> None:
+def check_classes(train: Sequence[str], val: Sequence[str]) -> None:
     if not train or not val:
         raise DataError(f"k-NN: expected images to compare, got {len(train)} train and {len(val)} val images")
     unknown = sorted(set(val) - set(train))
@@ -191,6 +191,13 @@ def _check_classes(train: Sequence[str], val: Sequence[str]) -> None:
             f"the val images have a class that the train images lack: {', '.join(unknown)} "
             f"(train has {', '.join(sorted(set(train)))})"
         )
+
+
+def check_tiles(train: Sequence[Tile], val: Sequence[Tile], statistics: Statistics) -> None:
+    """DataError when `knn` could not classify `val` by `train`: classes that differ, a dtype without a scale."""
+    check_classes([t.label or "" for t in train], [t.label or "" for t in val])
+    for dtype in sorted({tile.scene.dtype for tile in (*train, *val)}):
+        statistics.scale_of(dtype)
 
 
 def untrained_backbone(config: Config) -> VisionTransformer:

@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import pera_fast
-from pera_fast import _cli, ops, reference
+from pera_fast import _cli, reference
 from pera_fast.checkpoint import Checkpoint
 from pera_fast.config import PRESETS, Config
 from pera_fast.data.loader import Sample, WindowDataset
@@ -337,10 +337,9 @@ def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) 
         for view in range(2)
     )
     counts = crops.mask_counts((crops.global_px // config.model.patch_px) ** 2)
-    masks = ops.disjoint_masks(
-        torch.tensor([crop_index]), seed=config.run.seed, step=0, num_patches=sum(counts),
-        num_student=counts[0], num_target=counts[1],
-    )  # fmt: skip
+    masks = reference.disjoint_masks(
+        torch.tensor([crop_index]), config.run.seed, 0, sum(counts), counts[0], counts[1]
+    )
     display = Display(image, str(sample.pixels.dtype))
     return CropPair(image, (student, teacher), (masks[0][0], masks[1][0], masks[2][0]), display)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import resource
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from pera_fast.data.sources import DataError, SceneIndex, printable, scan
 from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.distributed import World
 from pera_fast.engine import Engine, StepReport
-from pera_fast.evaluate import class_folder_tiles, compare_with_untrained, knn, scene_halves
+from pera_fast.evaluate import check_tiles, class_folder_tiles, compare_with_untrained, knn, scene_halves
 from pera_fast.features import Tile
 from pera_fast.report import write_report
 from pera_fast.schedules import Schedules, StepValues
@@ -41,12 +42,16 @@ class Run:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
-        self.out = Path(config.run.out)
-        # Before the work rather than after it: a folder that cannot be evaluated on is refused here.
+        self.out = Path(config.run.out).resolve()
+        # Before the work rather than after it: folders that cannot be written or evaluated are refused here.
+        if world.is_first:
+            _check_out(self.out)
         self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
         self.index: SceneIndex = scan(config.data.data or DEMO_SCENES, config.data.max_bad_share)
         self.statistics = found.statistics if found else self._statistics()
+        if self._eval_tiles:
+            check_tiles(*self._eval_tiles, self.statistics)
         self.dataset = WindowDataset(self.index, self.statistics, config)
         self.engine = Engine(config, self.statistics, world)
         self.schedules = Schedules.of(config, len(self.dataset), world.ranks)
@@ -78,9 +83,10 @@ class Run:
         self.records.step(done, epoch, report, values, images, waited, len(self._bad))
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= run.max_skipped:
+            kept = checkpoint.complete(self.out / "checkpoints")
             raise TrainingStopped(
                 f"the loss or gradient was not finite in {run.max_skipped} steps in a row up to step {done}; "
-                f"the last good checkpoint is in {self.out / 'checkpoints'}"
+                f"the last good checkpoint: {kept[-1] if kept else 'none was written yet'}"
             )
         if self.world.is_first and (done % run.checkpoint_every == 0 or done == self.total_steps):
             checkpoint.save(
@@ -92,14 +98,13 @@ class Run:
 
     def finish(self) -> None:
         """k-NN against the untrained network where there is something to classify, and the report."""
-        self.records.close()
         if not self.world.is_first:
             return
         opened = checkpoint.Checkpoint.open(self.out)
         tiles = self._eval_tiles
         if tiles is None and self.config.data.data is None:
             tiles = scene_halves(self.index.scenes)
-        if tiles is not None:
+        if tiles is not None and all(tiles):
             result = compare_with_untrained(
                 opened.teacher(), self.config, self.statistics, *tiles, device=self.world.device
             )
@@ -134,29 +139,43 @@ class Run:
             return None
         found = checkpoint.Checkpoint.open(self.out)
         then, now = to_dict(found.config), to_dict(self.config)
-        for section in ("model", "crops"):
-            for name, value in now[section].items():
-                if then[section][name] != value:
-                    raise ConfigError(
-                        f"{name}: expected {then[section][name]} as in {found.path}, which --resume goes on "
-                        f"from, got {value}"
-                    )
+        changed = [(s, name) for s in now for name in now[s] if then[s][name] != now[s][name]]
+        for section, name in changed:
+            # What the network sees and is must stay; the rest may change, and is said.
+            if section in ("model", "crops") or name == "bands":
+                raise ConfigError(
+                    f"{name}: expected {then[section][name]} as in {found.path}, which --resume goes on "
+                    f"from, got {now[section][name]}"
+                )
+            if name not in ("resume", "max_steps", "out"):
+                _log.info("%s was %s, is now %s", name, then[section][name], now[section][name])
         return found
 
     def _statistics(self) -> Statistics:
         """Of the --stats file, or of a sample of the data, computed on rank 0."""
         data = self.config.data
         if data.stats:
-            try:
-                return Statistics.from_json(Path(data.stats).read_text(encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"stats: cannot read {data.stats}: {error.strerror}") from None
+            return self._statistics_from(data.stats)
         computed = None
         if self.world.is_first:
             computed = compute_statistics(
                 self.index.scenes, bands=data.bands, in_bands=self.config.model.in_bands, nodata=data.nodata
             )
         return self.world.share(computed)
+
+    def _statistics_from(self, path: str) -> Statistics:
+        try:
+            statistics = Statistics.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"stats: cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"stats: expected a JSON file of pera_fast.stats, got {path}") from None
+        bands, in_bands = len(statistics.mean), self.config.model.in_bands
+        if bands != in_bands:
+            raise ConfigError(
+                f"stats: expected statistics of in_bands = {in_bands} bands, got {bands} in {path}"
+            )
+        return statistics
 
     def _count_bad(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
@@ -270,9 +289,28 @@ class Records:
         replacement.replace(self._metrics_path)
 
 
+_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")  # a folder with one of these holds a run
+
+
+def _check_out(out: Path) -> None:
+    """ConfigError unless `out` is or can become a folder of ours: new, empty, or an earlier run's."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out: expected a folder that can be written, got {out}: {error.strerror}"
+        ) from None
+    if any(out.iterdir()) and not any((out / mark).exists() for mark in _MARKS):
+        raise ConfigError(
+            f"out: expected a new or empty folder or an earlier run's, got {out} with other files"
+        )
+
+
 def move_aside(out: Path) -> None:
     """Rename an earlier run's folder, so that a new run of the same name loses nothing."""
-    if not out.exists() or not any(out.iterdir()):
+    if not any((out / mark).exists() for mark in _MARKS):
         return
     number = 1
     while (aside := out.with_name(f"{out.name}.old-{number}")).exists():

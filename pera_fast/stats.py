@@ -33,7 +33,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Run the command. Raises DataError for what the user can put right."""
-    in_bands = args.in_bands or (len(args.bands) if args.bands else 3)
+    in_bands = args.in_bands if args.in_bands is not None else len(args.bands or (1, 2, 3))
     if args.bands is not None and (len(args.bands) != in_bands or min(args.bands) < 1):
         raise DataError(f"--bands: expected {in_bands} band numbers from 1, got {args.bands}")
     if in_bands < 1 or args.max_windows < 1:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 
 import tyro
 
@@ -35,7 +37,8 @@ def parse(arguments: list[str]) -> Config:
         config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
     try:
-        return cli(console_outputs=False)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return cli()
     except SystemExit as stop:
         # tyro would frame our own sentence; what it has to say itself (help, a misspelt option) it says.
         cause: BaseException | None = stop
@@ -50,13 +53,16 @@ def train(config: Config, on: World) -> None:
     """The whole run on one rank."""
     run = Run(config, on)
     loader = run.loader()
-    for step in range(run.start_step, run.total_steps):
-        started = time.perf_counter()
-        batches = [next(loader) for _ in range(config.run.accumulate)]
-        waited = time.perf_counter() - started
-        values = run.schedules.at(step)
-        report = run.engine.step(step, batches, values)
-        run.after_step(step, report, values, batches, waited)
+    try:
+        for step in range(run.start_step, run.total_steps):
+            started = time.perf_counter()
+            batches = [next(loader) for _ in range(config.run.accumulate)]
+            waited = time.perf_counter() - started
+            values = run.schedules.at(step)
+            report = run.engine.step(step, batches, values)
+            run.after_step(step, report, values, batches, waited)
+    finally:
+        run.records.close()
     run.finish()
 
 

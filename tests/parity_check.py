@@ -10,6 +10,8 @@ JSON object; exit code 1 when a bound is broken. Runs on the backends that PERA_
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from typing import Any
 
@@ -24,7 +26,9 @@ from pera_fast.reference import patchify
 BOUNDS = {"losses": 1e-5, "gradients": 1e-5, "parameters": 2e-6}
 
 
-def config_of(hparams: dict[str, Any]) -> Config:
+def config_of(hparams: dict[str, Any], in_bands: int) -> Config:
+    if hparams.get("dino_weight", 1.0) != 1.0:
+        sys.exit(f"dino_weight: expected 1, as in the method, got {hparams['dino_weight']}")
     return Config(
         model=ModelConfig(
             embed_dim=hparams["embed_dim"],
@@ -32,6 +36,7 @@ def config_of(hparams: dict[str, Any]) -> Config:
             num_heads=hparams["num_heads"],
             mlp_ratio=hparams["mlp_ratio"],
             patch_px=hparams["patch"],
+            in_bands=in_bands,
             drop_path=hparams["drop_path"],
             head_hidden_dim=hparams["head_hidden"],
             head_bottleneck_dim=hparams["bottleneck"],
@@ -40,7 +45,7 @@ def config_of(hparams: dict[str, Any]) -> Config:
         ),
         crops=CropConfig(
             global_px=hparams["global_crop"],
-            local_px=hparams["local_crop"],
+            local_px=hparams.get("local_crop") or hparams["global_crop"],
             num_global=hparams["num_global"],
             num_local=hparams["num_local"],
             student_ratio=hparams["s_ratio"],
@@ -67,8 +72,10 @@ def ours(name: str) -> str:
     )
     for old, new in renames:
         if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+            name = new + name.removeprefix(old)
+            break
+    # A head of one layer is a bare linear layer there and a sequence of one here.
+    return re.sub(r"head\.mlp\.(weight|bias)$", r"head.mlp.0.\1", name)
 
 
 def crop_group(
@@ -91,11 +98,17 @@ def crop_group(
     return CropGroup(rows[0], picked[0], rows[2], picked[2], rows[1], picked[1])
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖; where the reference is exactly 0, ‖got‖."""
-    got, want = got.double(), want.double()
-    scale = want.norm().item()
-    return (got - want).norm().item() / (scale or 1.0)
+def relative(got: Tensor, want: Tensor | float) -> float:
+    """‖got - want‖ / ‖want‖; where the reference is exactly 0, ‖got‖; infinite where a number is not finite."""
+    got, want = got.double(), torch.as_tensor(want).double()
+    error = (got - want).norm().item() / (want.norm().item() or 1.0)
+    return error if math.isfinite(error) else math.inf
+
+
+def absolute(got: Tensor, want: Tensor) -> float:
+    """Largest |got - want|; infinite where a number is not finite, so that no maximum can lose it."""
+    error = (got.double() - want.double()).abs().max().item()
+    return error if math.isfinite(error) else math.inf
 
 
 def check_step(
@@ -115,7 +128,7 @@ def check_step(
                 hparams["patch"], False,
             )
         )  # fmt: skip
-    recorded = step["drop_path_branges"]
+    recorded = step.get("drop_path_branges", [])
     per_branch = len(groups)
     chosen = [recorded[i : i + per_branch] for i in range(0, len(recorded), per_branch)] or None
     subsets = make_subsets(groups, depth, chosen)
@@ -137,15 +150,18 @@ def check_step(
         "mae_loss": losses.pixel / (100 * num_global),
         "total_loss": losses.total.detach(),
     }
-    want = {**step["loss_components"], "total_loss": step["total_loss"]}
+    want = {**step.get("loss_components", {}), "total_loss": step["total_loss"]}
     result: dict[str, Any] = {
         "losses": {name: relative(value, want[name]) for name, value in components.items() if name in want},
-        "grad_norm": relative(norm, step["grad_norm_before_clip"]),
-        "koleo_neighbours_equal": torch.equal(losses.koleo_neighbours, torch.stack(list(step["koleo_nn"]))),
     }
+    if "grad_norm_before_clip" in step:
+        result["grad_norm"] = relative(norm, step["grad_norm_before_clip"])
+    if "koleo_nn" in step:
+        neighbours = torch.stack([torch.as_tensor(nn) for nn in step["koleo_nn"]])
+        result["koleo_neighbours_equal"] = torch.equal(losses.koleo_neighbours, neighbours)
     for key, value in (("center_used", centre_used), ("center_after", centre_after)):
         if key in step:
-            result[key] = (value - step[key].flatten()).abs().max().item()
+            result[key] = absolute(value, step[key].flatten())
     if "grads_before_clip" in step:
         result["gradients"] = {
             name: relative(gradients[ours(name)], grad) for name, grad in step["grads_before_clip"].items()
@@ -153,8 +169,7 @@ def check_step(
     if "state_after" in step:
         state = model.state_dict()
         result["parameters"] = {
-            name: (state[ours(name)] - value).abs().max().item()
-            for name, value in step["state_after"].items()
+            name: absolute(state[ours(name)], value) for name, value in step["state_after"].items()
         }
     return result
 
@@ -163,7 +178,8 @@ def check(path: str) -> dict[str, Any]:
     """Worst errors over the recorded steps, and whether each bound holds."""
     recorded = torch.load(path, weights_only=True)
     hparams = recorded["hparams"]
-    model = PerA(config_of(hparams))
+    in_bands = recorded["init_state"]["student.backbone.patch_embed.proj.weight"].shape[1]
+    model = PerA(config_of(hparams, in_bands))
     state = {ours(name): value for name, value in recorded["init_state"].items()}
     model.load_state_dict({**state, "centre": torch.zeros_like(model.centre)}, strict=True)
     optimizer = AdamWEMA(
@@ -173,18 +189,20 @@ def check(path: str) -> dict[str, Any]:
 
     def worst(key: str) -> float:
         values = [s[key] for s in steps if key in s]
-        return max(max(v.values()) if isinstance(v, dict) else v for v in values)
+        return max((max(v.values()) if isinstance(v, dict) else v for v in values), default=0.0)
 
-    components = steps[0]["losses"]
+    components = sorted({name for s in steps for name in s["losses"]})
     report: dict[str, Any] = {
         "file": path.rsplit("/", 1)[-1],
         "steps": len(steps),
-        "loss_relative_error": {name: max(s["losses"][name] for s in steps) for name in components},
+        "loss_relative_error": {
+            name: max(s["losses"][name] for s in steps if name in s["losses"]) for name in components
+        },
         "gradient_relative_error": worst("gradients"),
         "grad_norm_relative_error": worst("grad_norm"),
         "parameter_absolute_error": worst("parameters"),
         "centre_absolute_error": max(worst("center_used"), worst("center_after")),
-        "koleo_neighbours_equal": all(s["koleo_neighbours_equal"] for s in steps),
+        "koleo_neighbours_equal": all(s.get("koleo_neighbours_equal", True) for s in steps),
         "tensors_compared": {
             "gradients": sum(len(s.get("gradients", ())) for s in steps),
             "parameters": sum(len(s.get("parameters", ())) for s in steps),

@@ -105,7 +105,7 @@ def test_not_yaml(text: str, tmp_path: Path) -> None:
             "eval_train and eval_val: expected both or neither",
         ),
         (lambda: replace(PRESETS["demo"].optim, clip_norm=0.0), "clip_norm"),
-        (lambda: replace(PRESETS["demo"].optim, lr=float("nan")), "lr: expected a finite number"),
+        (lambda: replace(PRESETS["demo"].optim, lr=float("nan")), "lr: expected finite numbers"),
     ],
 )
 def test_settings_that_cannot_work(make: object, sentence: str) -> None:

@@ -85,6 +85,20 @@ def test_nodata_windows_are_drawn_again(tmp_path: Path) -> None:
     assert np.mean([m <= 0.05 for m in missing]) > 0.8 and max(missing) < 1
 
 
+def test_empty_windows_are_not_bad_files(tmp_path: Path) -> None:
+    import rasterio
+
+    pixels = np.zeros((3, 64, 6400), np.uint8)
+    pixels[:, :, :64] = 9  # one window in a hundred shows anything
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", driver="GTiff", height=64, width=6400, count=3, dtype="uint8", nodata=0
+    ) as file:
+        file.write(pixels)
+    Image.new("RGB", (64, 64), (5, 5, 5)).save(tmp_path / "other.png")
+    samples = [dataset(tmp_path)[i] for i in range(60)]
+    assert all(s.bad == [] and s.pixels.max() > 0 for s in samples)
+
+
 def test_a_file_that_goes_bad_is_replaced_and_named(image_folder: Path) -> None:
     data = dataset(image_folder)
     (image_folder / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")

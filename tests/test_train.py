@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 SMALL = (
     "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-px", 8, "--global-px", 40, "--local-px", 24,
     "--num-prototypes", 64, "--head-hidden-dim", 32, "--head-bottleneck-dim", 16, "--batch-size", 4,
-    "--window-px", 64, "--workers", 1, "--precision", "fp32", "--log-every", 1, "--epochs", 4,
+    "--device", "cpu", "--window-px", 64, "--workers", 1, "--precision", "fp32", "--log-every", 1, "--epochs", 4,
 )  # fmt: skip
 
 
@@ -114,9 +114,39 @@ def mostly_bad(folder: Path) -> list[object]:
     return ["--data", folder / "mixed"]
 
 
+def other_files(folder: Path) -> list[object]:
+    (folder / "run").mkdir()
+    (folder / "run/thesis.txt").write_text("mine")
+    return []
+
+
+def one_band_stats(folder: Path) -> list[object]:
+    text = {"low": {"uint8": [0]}, "high": {"uint8": [255]}, "mean": [0.5], "std": [0.2], "num_windows": 1}
+    (folder / "stats.json").write_text(json.dumps({**text, "num_pixels": 1}))
+    return ["--stats", folder / "stats.json"]
+
+
+def not_text(folder: Path) -> list[object]:
+    Image.new("RGB", (8, 8)).save(folder / "stats.png")
+    return ["--stats", folder / "stats.png"]
+
+
+def other_classes(folder: Path) -> list[object]:
+    for name in ("train/a", "train/b", "val/a", "val/c"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(folder / name / "x.png")
+    return ["--data", folder, "--eval-train", folder / "train", "--eval-val", folder / "val"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (other_files, "out: expected a new or empty folder or an earlier run's"),
+        (one_band_stats, "stats: expected statistics of in_bands = 3 bands, got 1"),
+        (not_text, "stats: expected a JSON file"),
+        (other_classes, "the val images have a class that the train images lack: c"),
+        (lambda folder: ["--epochs", "inf"], "epochs: expected finite numbers"),
+        (lambda folder: ["--eval-every", 5], "eval_every: expected eval_train and eval_val with it"),
         (lambda folder: ["--data", folder / "missing"], "missing"),
         (empty, "none"),
         (unreadable, "x.jpg"),
@@ -126,6 +156,7 @@ def mostly_bad(folder: Path) -> list[object]:
         (lambda folder: ["--num-heads", 5], "num_heads: expected a divisor"),
         (lambda folder: ["--student-ratio", 0.7], "student_ratio + teacher_ratio: expected at most 1"),
         (lambda folder: ["--data", folder, "--eval-train", folder / "no", "--eval-val", folder], "no"),
+        (lambda folder: ["--out", "/dev/null/run"], "out: expected a folder that can be written"),
         (lambda folder: ["--stats", folder / "none.json"], "stats: cannot read"),
         (lambda folder: ["--bands", 1, 2], "bands: expected in_bands = 3 values, got 2"),
     ],
@@ -141,7 +172,28 @@ def test_bad_input_is_one_sentence(arguments: object, sentence: str, tmp_path: P
     )
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and sentence in last and "Traceback" not in done.stderr
+    assert last.startswith("error: ") and sentence in last
+    assert "Traceback" not in done.stderr and "──" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "sentence"),
+    [
+        ("banana", "PERA_FAST_BACKEND: expected auto or one of"),
+        ("cuda", "disjoint_masks: backend 'cuda' was asked for"),
+    ],
+)
+def test_backend_that_cannot_run(backend: str, sentence: str, image_folder: Path, tmp_path: Path) -> None:
+    done = run_module(
+        "pera_fast.train",
+        *SMALL,
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "run",
+        PERA_FAST_BACKEND=backend,
+    )
+    assert done.returncode == 2 and sentence in done.stderr.strip().splitlines()[-1], done.stderr
 
 
 def test_misspelt_option_is_an_error(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class WindowDataset(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         epoch, place = divmod(position, len(self))
         bad: list[tuple[str, str]] = []
-        # The next scene in the epoch's order stands in for one that cannot be read.
+        # The next scene in the epoch's order stands in for one that cannot be read or shows nothing.
         for tries in range(len(self)):
             sample = int(self.order(epoch)[(place + tries) % len(self)])
             scene = self.scenes[int(np.searchsorted(self.ends, sample, side="right"))]
@@ -102,16 +102,23 @@ class WindowDataset(Dataset[Sample]):
             except UnreadableImage as error:
                 bad.append((error.path, error.reason))
                 continue
+            if pixels is None:
+                continue  # bad luck in a scene that is mostly empty, not a bad file
             low, high = self.statistics.scale_of(scene.dtype)
             crops = {
                 kind: draw_crops(random, pixels.shape[1], pixels.shape[2], self.config.crops, kind)
                 for kind in ("global", "local")
             }
             return Sample(pixels, low.astype(np.float32), high.astype(np.float32), crops, bad)
+        if not bad:
+            raise DataError("no window with a valid pixel was found in any image")
         raise DataError(f"no image is readable any more; the first is {printable(bad[0][0])}: {bad[0][1]}")
 
-    def _read(self, scene: Scene, random: np.random.Generator) -> np.ndarray:
-        """A window of the scene; one with too many missing pixels is drawn again, the best one is kept."""
+    def _read(self, scene: Scene, random: np.random.Generator) -> np.ndarray | None:
+        """A window of the scene; one with too many missing pixels is drawn again, the best one is kept.
+
+        None when not one of the windows drawn has a valid pixel.
+        """
         data = self.config.data
         height, width = min(scene.height, data.window_px), min(scene.width, data.window_px)
         movable = (height, width) != (scene.height, scene.width)
@@ -133,8 +140,6 @@ class WindowDataset(Dataset[Sample]):
                 best, best_share = pixels, missing
             if missing <= data.max_nodata_share:
                 break
-        if best is None:
-            raise UnreadableImage(scene.path, "no valid pixel in any window drawn")
         return best
 
 

@@ -65,11 +65,19 @@ class Statistics:
         bands = len(values["mean"]) if isinstance(values["mean"], list) else 0
         if not bands:
             raise DataError("statistics, mean: expected a list with one number per band")
+        low = _scales_from(values, "low", bands)
+        high = _scales_from(values, "high", bands, list(values["low"]))
+        for dtype in low:
+            if not all(np.float32(a) < np.float32(b) for a, b in zip(low[dtype], high[dtype], strict=True)):
+                raise DataError(f"statistics, high.{dtype}: expected numbers above those of low.{dtype}")
+        std = _floats_from(values["std"], "std", bands)
+        if min(std) <= 0:
+            raise DataError(f"statistics, std: expected numbers above 0, got {values['std']!r}")
         return cls(
-            low=_scales_from(values, "low", bands),
-            high=_scales_from(values, "high", bands, list(values["low"])),
+            low=low,
+            high=high,
             mean=_floats_from(values["mean"], "mean", bands),
-            std=_floats_from(values["std"], "std", bands),
+            std=std,
             num_windows=_count_from(values, "num_windows"),
             num_pixels=_count_from(values, "num_pixels"),
         )
@@ -210,7 +218,8 @@ def _range_of(tally: _Counts | _Samples, dtype: str, band: int) -> tuple[float, 
         return 0.0, 255.0
     values, weights = tally.values_and_weights(band)
     low, high = (_quantile(values, weights, share) for share in (LOW_QUANTILE, HIGH_QUANTILE))
-    return low, (high if high > low else low + 1.0)
+    # float32 is what images are scaled in: two limits that are one number there would divide by 0.
+    return low, (high if np.float32(high) > np.float32(low) else low + max(1.0, 1e-6 * abs(low)))
 
 
 def _moments(tally: _Counts | _Samples, band: int, low: float, high: float) -> tuple[float, float]:

@@ -58,12 +58,16 @@ def disjoint_masks(
             f"teacher at least one patch, got {num_student} + {num_target}"
         )
     implementation = _dispatch.resolve("disjoint_masks", crop_index.device.type)
+    function = implementation.function
     if implementation.backend == "cuda" and num_patches > MAX_PATCHES_CUDA:
-        raise ValueError(
-            f"num_patches: expected at most {MAX_PATCHES_CUDA} on backend cuda, got {num_patches} "
-            "(PERA_FAST_BACKEND=disjoint_masks=reference has no such limit)"
-        )
-    return implementation.function(crop_index, seed, step, num_patches, num_student, num_target)
+        if _dispatch.requested("disjoint_masks") == "auto":
+            function = reference.disjoint_masks
+        else:
+            raise ValueError(
+                f"num_patches: expected at most {MAX_PATCHES_CUDA} on backend cuda, got {num_patches} "
+                "(PERA_FAST_BACKEND=disjoint_masks=reference has no such limit)"
+            )
+    return function(crop_index, seed, step, num_patches, num_student, num_target)
 
 
 def _compiled(

@@ -196,7 +196,7 @@ def residual_norm(
     """x[rows] += scale * branch, then LayerNorm of x[next_rows]. None rows: all of them."""
     if branch is not None:
         x = residual_add(x, branch, rows, scale)
-    selected = x if next_rows is None else x[next_rows]
+    selected = x if next_rows is None else x.index_select(0, next_rows)
     return x, F.layer_norm(selected, selected.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
@@ -211,14 +211,9 @@ def residual_add(x: Tensor, branch: Tensor, rows: Tensor | None, scale: Tensor |
 # --- distill_loss ---------------------------------------------------------------------------------------
 
 
-def prototypes(v: Tensor, g: Tensor) -> Tensor:
-    """Weight normalisation g v/‖v‖. v [K, d], g [K, 1] -> [K, d]."""
-    return v * (g / v.norm(dim=1, keepdim=True))
-
-
 def prototype_logits(z: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """z · (g v/‖v‖)ᵀ. z [n, d], v [K, d], g [K, 1] -> [n, K]."""
-    return z @ prototypes(v, g).T
+    return z @ (v * (g / v.norm(dim=1, keepdim=True))).T
 
 
 def distill_loss(
@@ -232,16 +227,13 @@ def distill_loss(
     groups: Sequence[int],
 ) -> Tensor:
     """-Σ_k softmax((t - c)/τ_t)_k · log_softmax(s/τ_s)_k, mean over each group's rows -> [len(groups)]."""
-    losses = []
-    w_student = prototypes(*prototypes_student)
     with torch.no_grad():
-        w_teacher = prototypes(*prototypes_teacher)
-    for z_s, z_t in zip(z_student.split(list(groups)), z_teacher.split(list(groups)), strict=True):
-        with torch.no_grad():
-            target = torch.softmax((z_t @ w_teacher.T - centre) / tau_teacher, dim=-1)
-        log_prediction = torch.log_softmax(z_s @ w_student.T / tau_student, dim=-1)
-        losses.append(-(target * log_prediction).sum(-1).mean())
-    return torch.stack(losses)
+        target = torch.softmax(
+            (prototype_logits(z_teacher, *prototypes_teacher) - centre) / tau_teacher, dim=-1
+        )
+    log_prediction = torch.log_softmax(prototype_logits(z_student, *prototypes_student) / tau_student, dim=-1)
+    per_row = -(target * log_prediction).sum(-1)
+    return torch.stack([part.mean() for part in per_row.split(list(groups))])
 
 
 def koleo(z: Tensor, v: Tensor, g: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pera_fast import ops
@@ -84,7 +85,7 @@ class PerA(nn.Module):
         x = backbone.blocks_forward(x, slice(0, middle), subsets[: 2 * middle])
 
         # The targets enter half way, as mask tokens that know only where they are.
-        masked = self.mask_token + positions[0][groups[0].target_patches]
+        masked = self.mask_token + F.embedding(groups[0].target_patches, positions[0])
         first, rest = x.split([tokens[0].shape[:2].numel(), len(x) - tokens[0].shape[:2].numel()])
         first = torch.cat((first.unflatten(0, tokens[0].shape[:2]), masked.to(x.dtype)), dim=1)
         x = torch.cat((first.flatten(0, 1), rest))

@@ -111,7 +111,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, patch_rows: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
         """Tokens of chosen patches, CLS first. [b, n, C·p²], indices [b, n], [L, D] -> [b, 1 + n, D]."""
-        tokens = self.patch_embed(patch_rows) + positions[patches]
+        tokens = self.patch_embed(patch_rows) + F.embedding(patches, positions)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return torch.cat((cls.to(tokens.dtype), tokens), dim=1)
 

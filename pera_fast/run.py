@@ -88,7 +88,9 @@ class Run:
                 f"the loss or gradient was not finite in {run.max_skipped} steps in a row up to step {done}; "
                 f"the last good checkpoint: {kept[-1] if kept else 'none was written yet'}"
             )
-        if self.world.is_first and (done % run.checkpoint_every == 0 or done == self.total_steps):
+        # Weights that the next step could not use must not push a good checkpoint out.
+        due = done % run.checkpoint_every == 0 and not report.skipped
+        if self.world.is_first and (due or done == self.total_steps):
             checkpoint.save(
                 self.out / "checkpoints", done, self.engine.model, self.engine.optimizer, self.config,
                 self.statistics, run.keep_checkpoints,

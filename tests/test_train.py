@@ -196,6 +196,22 @@ def test_backend_that_cannot_run(backend: str, sentence: str, image_folder: Path
     assert done.returncode == 2 and sentence in done.stderr.strip().splitlines()[-1], done.stderr
 
 
+def test_a_run_that_stays_non_finite_stops_with_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ("pera_fast.train", *SMALL, "--data", image_folder, "--out", out, "--checkpoint-every", 1)
+    assert run_module(*small, "--max-steps", 2).returncode == 0
+    hopeless = ("--mean", 1e38, 1e38, 1e38, "--std", 1e-30, 1e-30, 1e-30, "--max-skipped", 3)
+    stopped = run_module(*small, "--resume", *hopeless)
+    assert stopped.returncode == 1, stopped.stderr
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith("error: the loss or gradient was not finite in 3 steps") and "step_00000002" in last
+    )
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
+    assert lines(out)[-1]["skipped_steps"] == 3
+    assert run_module(*small, "--resume", "--max-steps", 3).returncode == 0
+
+
 def test_misspelt_option_is_an_error(tmp_path: Path) -> None:
     done = run_module("pera_fast.train", "--learning-ratio", 3, "--out", tmp_path / "run")
     assert done.returncode == 2 and "--learning-ratio" in done.stderr + done.stdout

@@ -1,6 +1,7 @@
 """The whole training step, patches to update, against the authors' data flow in eager PyTorch."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from workload import IMAGENET, batch, small_vit_s, statistics
 
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
+from pera_fast.ops import _dispatch
 from pera_fast.schedules import StepValues
 
 VALUES = StepValues(lr=1e-3, weight_decay=0.04, momentum=0.992, teacher_temperature=0.04)
@@ -20,8 +22,9 @@ VALUES = StepValues(lr=1e-3, weight_decay=0.04, momentum=0.992, teacher_temperat
 def bench_step(benchmark, precision: str) -> None:
     # Without drop path, whose subsets are random, both steps must give the same loss.
     config = small_vit_s(drop_path=0.0)
-    object.__setattr__(config.run, "precision", precision)
+    config = replace(config, run=replace(config.run, precision=precision))
     images = 2
+    backends = ", ".join(sorted({_dispatch.resolve(op, "cpu").backend for op in _dispatch.registered()}))
     engine = Engine(config, statistics(), World(0, 1, torch.device("cpu")))
     twin = copy.deepcopy(engine.model)
     optimizer = torch.optim.AdamW(
@@ -55,13 +58,7 @@ def bench_step(benchmark, precision: str) -> None:
 
     # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.
     compare(
-        benchmark, op="step", backend=ops_backends(), peer="eager step, Pillow augmentation", ours=ours,
+        benchmark, op="step", backend=backends, peer="eager step, Pillow augmentation", ours=ours,
         theirs=theirs, same=all_close(0.05), pairs=3, dtype=precision,
         shape=f"ViT-S, {images} images, 8192 prototypes",
     )  # fmt: skip
-
-
-def ops_backends() -> str:
-    from pera_fast.ops import _dispatch
-
-    return ", ".join(sorted({_dispatch.resolve(op, "cpu").backend for op in _dispatch.registered()}))

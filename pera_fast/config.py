@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -419,5 +419,5 @@ def save_yaml(config: Config, path: str | Path) -> None:
 
 __all__ = [
     "PRESETS", "Config", "ConfigError", "CropConfig", "DataConfig", "ModelConfig", "OptimConfig",
-    "RunConfig", "from_dict", "load_yaml", "replace", "save_yaml", "to_dict",
+    "RunConfig", "from_dict", "load_yaml", "save_yaml", "to_dict",
 ]  # fmt: skip

@@ -329,8 +329,7 @@ def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) 
     """
     sample, crop, crop_index = _choose_crop(config, statistics, scenes)
     crops, table = config.crops, {k: torch.from_numpy(v[crop]) for k, v in sample.crops["global"].items()}
-    low, high = (torch.from_numpy(limit)[:, None, None] for limit in (sample.low, sample.high))
-    image = ((torch.from_numpy(sample.pixels.astype(np.float32)) - low) / (high - low)).clamp(0, 1)
+    image = to_unit(sample.pixels, str(sample.pixels.dtype), statistics)
     image = reference.cut(image, table["box"].tolist(), table["flip"].tolist(), crops.global_px)
     student, teacher = (
         reference.colour(image, table["factor"][view], table["order"][view], bool(table["grey"][view]))

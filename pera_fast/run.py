@@ -102,13 +102,13 @@ class Run:
         """k-NN against the untrained network where there is something to classify, and the report."""
         if not self.world.is_first:
             return
-        opened = checkpoint.Checkpoint.open(self.out)
+        teacher = checkpoint.Checkpoint.open(self.out).teacher()
         tiles = self._eval_tiles
         if tiles is None and self.config.data.data is None:
             tiles = scene_halves(self.index.scenes)
         if tiles is not None and all(tiles):
             result = compare_with_untrained(
-                opened.teacher(), self.config, self.statistics, *tiles, device=self.world.device
+                teacher, self.config, self.statistics, *tiles, device=self.world.device
             )
             (self.out / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
             _log.info(
@@ -116,7 +116,7 @@ class Run:
                 100 * result["top1"], 100 * result["untrained_top1"],
             )  # fmt: skip
         path = write_report(
-            self.out, backbone=opened.teacher(), config=self.config, statistics=self.statistics,
+            self.out, backbone=teacher, config=self.config, statistics=self.statistics,
             scenes=self.index.scenes,
         )  # fmt: skip
         _log.info("report: %s", path)

@@ -219,7 +219,17 @@ class BuildLibraries(build_ext):
     def cpu_flags(self) -> list[str]:
         # No -march: the library must run wherever its wheel does. Hot loops choose their ISA at run time.
         # -fno-math-errno only frees the vectoriser from setting errno; results do not change.
-        return ["-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Wextra"]
+        return [
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-fopenmp-simd",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+        ]
 
     def objects(
         self, sources: list[str], command: list[str], kind: str

@@ -31,13 +31,12 @@ def bench_step(benchmark, precision: str) -> None:
         [p for p in twin.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04, eps=2e-5, fused=True
     )
     decoded = batch(config, images)
-    arrays = [image.numpy() for image in decoded.images()]
+    arrays = [image.numpy() for image in decoded.images.views()]
     mean, std = (torch.tensor(x) for x in IMAGENET)
     sizes = (config.crops.global_px, config.crops.local_px)
 
     def chosen(step: int) -> list[tuple[torch.Tensor, ...]]:
-        groups = engine.patches(step, 0, decoded)
-        return [(g.student_patches, g.target_patches, g.teacher_patches) for g in groups]
+        return [tuple(masks) for masks in engine.patches(step, 0, decoded).groups]
 
     indices = chosen(0)
 

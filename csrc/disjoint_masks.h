@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PERA_FAST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PERA_FAST_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace pera_fast {
 

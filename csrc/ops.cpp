@@ -5,4 +5,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
   m.def(
       "disjoint_masks(Tensor crop_index, int seed, int step, int num_patches, int num_student, int num_target)"
       " -> (Tensor student, Tensor target, Tensor teacher)");
+  m.def(
+      "crop_patches(Tensor buffer, Tensor offsets, Tensor shapes, Tensor dtypes, Tensor low, Tensor high, "
+      "Tensor image, Tensor box, Tensor flip, Tensor factor, Tensor order, Tensor grey, "
+      "Tensor student_patches, Tensor target_patches, Tensor teacher_patches, Tensor mean, Tensor std, "
+      "int crop_px, int patch_px, bool exact, Tensor(a!) student_rows, Tensor(b!) target_pixels, "
+      "Tensor(c!) teacher_rows) -> ()");
 }

@@ -122,6 +122,9 @@ class CropConfig:
     """Chance that the teacher view's colours change."""
     grey_probability: float = 0.1
     """Share of the student view's changes that are to grey."""
+    exact_augmentation: bool = False
+    """Round to 8 bits after every operation, as the authors' Pillow pipeline does; the default is faster,
+    keeps what images of more than 8 bits hold, and agrees with it in the mean."""
     student_ratio: float = 0.2
     """Share of a crop's patches that the student sees."""
     teacher_ratio: float = 0.6

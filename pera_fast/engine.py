@@ -17,7 +17,7 @@ from pera_fast.config import Config
 from pera_fast.data.loader import Batch
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
-from pera_fast.model.pera import CropGroup, Losses, PerA, draw_subsets, join_whole_batch
+from pera_fast.model.pera import CropGroup, Losses, Patches, PerA, draw_subsets, join_whole_batch
 from pera_fast.model.vit import Subset
 from pera_fast.optim import AdamWEMA
 from pera_fast.schedules import StepValues
@@ -59,23 +59,23 @@ class Engine:
 
     def step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank."""
-        groups = [self.patches(step, part, batch) for part, batch in enumerate(batches)]
-        whole_batches = self._whole_batches(step, groups)
+        inputs = [self.patches(step, part, batch) for part, batch in enumerate(batches)]
+        whole_batches = self._whole_batches(step, inputs)
         self.optimizer.zero_grad(set_to_none=True)
         parts: list[Losses] = []
-        for part, (group, whole_batch) in enumerate(zip(groups, whole_batches, strict=True)):
-            is_last = part == len(groups) - 1
+        for part, (patches, whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
+            is_last = part == len(inputs) - 1
             # DDP averages gradients over ranks in the last backward pass of the step.
             waits = isinstance(self._forward, DistributedDataParallel) and not is_last
             with self._forward.no_sync() if waits else nullcontext():  # type: ignore[union-attr,operator]
                 with self._autocast():
-                    subsets = self._subsets(step, part, group)
-                    losses = self._forward(group, subsets, values.teacher_temperature, whole_batch)
-                (losses.total / len(groups)).backward()
+                    subsets = self._subsets(step, part, patches)
+                    losses = self._forward(patches, subsets, values.teacher_temperature, whole_batch)
+                (losses.total / len(inputs)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
-        return self._update(groups, parts, values)
+        return self._update(sum(len(g.teacher) for g in inputs[0].groups), parts, values)
 
-    def _update(self, groups: list[list[CropGroup]], parts: list[Losses], values: StepValues) -> StepReport:
+    def _update(self, crops_per_pass: int, parts: list[Losses], values: StepValues) -> StepReport:
         num_global = self.config.crops.num_global
         rows = [
             torch.cat(
@@ -99,7 +99,7 @@ class Engine:
         named = ("total", "distill_global", "distill_local", "koleo", "pixel")
         losses = {name: float(value) / passes for name, value in zip(named, sums[:5], strict=True)}
         losses["distill_local"] /= max(1, self.config.crops.num_local)
-        z_mean = sums[5:] / (passes * sum(len(g.teacher_rows) for g in groups[0]))
+        z_mean = sums[5:] / (passes * crops_per_pass)
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
         grad_norm = self.optimizer.grad_norm()
@@ -112,66 +112,88 @@ class Engine:
             self.model.centre.copy_(centre)
         return StepReport(losses, float(grad_norm), skipped=not finite)
 
-    def patches(self, step: int, part: int, batch: Batch) -> list[CropGroup]:
+    def patches(self, step: int, part: int, batch: Batch) -> Patches:
         """The used patches of a batch's crops, on this rank's device."""
-        device, crops, patch_px = self.world.device, self.config.crops, self.config.model.patch_px
-        images = batch.images(batch.buffer.to(device, non_blocking=True))
-        low, high = batch.low.to(device), batch.high.to(device)
-        count = len(images)
-        first_image = (part * self.world.ranks + self.world.rank) * count
-        groups, first_crop = [], 0
-        for table, crop_px, num_crops in zip(
-            batch.tables, (crops.global_px, crops.local_px), (crops.num_global, crops.num_local), strict=False
+        config, device = self.config.crops, self.world.device
+        if batch.buffer.device.type != device.type:
+            batch = batch.to(device)
+        masks = self._masks(step, part, len(batch))
+        patch_px, tables = self.config.model.patch_px, batch.tables
+        row_size = self.config.model.in_bands * patch_px**2
+        dtype = torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32
+
+        def packed(counts: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+            """One matrix for all crops, and its rows of each crop size as [n, rows, row size]."""
+            rows = torch.empty(sum(n * count for n, count in counts), row_size, dtype=dtype, device=device)
+            parts = rows.split([n * count for n, count in counts])
+            return rows, [x.view(n, count, row_size) for x, (n, count) in zip(parts, counts, strict=True)]
+
+        student, students = packed([(len(m.student), 1 + m.student.shape[1]) for m in masks], dtype)
+        teacher, teachers = packed([(len(m.teacher), 1 + m.teacher.shape[1]) for m in masks], dtype)
+        _, targets = packed([(len(m.target), m.target.shape[1]) for m in masks], torch.float32)
+        sizes = (config.global_px, config.local_px)
+        for i, (table, mask, crop_px) in enumerate(zip(tables, masks, sizes, strict=False)):
+            ops.crop_patches(
+                batch.images, table, *mask, crop_px=crop_px, patch_px=patch_px, mean=self._mean, std=self._std,
+                exact=config.exact_augmentation, leading_rows=1, out=(students[i], targets[i], teachers[i]),
+                check_values=device.type == "cpu",  # made right by the loader; a GPU need not be waited for
+            )  # fmt: skip
+        return Patches(masks, student, targets[0], teacher)
+
+    def _masks(self, step: int, part: int, images: int) -> list[CropGroup]:
+        """Which patches of each crop are used, global crops and then local ones."""
+        crops, patch_px, device = self.config.crops, self.config.model.patch_px, self.world.device
+        first_image = (part * self.world.ranks + self.world.rank) * images
+        # Keyed by the image's place in the whole batch: equal masks however the batch is shared out.
+        image = first_image + torch.arange(images, device=device)
+        groups = []
+        for first_crop, num_crops, crop_px in (
+            (0, crops.num_global, crops.global_px),
+            (crops.num_global, crops.num_local, crops.local_px),
         ):
-            is_global = first_crop == 0
+            if num_crops == 0:
+                continue
             students, targets, teachers = crops.mask_counts((crop_px // patch_px) ** 2)
-            # Keyed by the image's place in the whole batch: equal masks however the batch is shared out.
-            image = first_image + torch.arange(count, device=device)
             crop = first_crop + torch.arange(num_crops, device=device)
             crop_index = (image * (crops.num_global + crops.num_local) + crop[:, None]).flatten()
-            student, target, teacher = ops.disjoint_masks(
-                crop_index, seed=self.config.run.seed, step=step, num_patches=students + targets + teachers,
-                num_student=students, num_target=targets,
+            masks = CropGroup(
+                *ops.disjoint_masks(
+                    crop_index, seed=self.config.run.seed, step=step,
+                    num_patches=students + targets + teachers, num_student=students, num_target=targets,
+                )
             )  # fmt: skip
-            if not is_global:
-                target = target[:, :0]  # local crops have no pixel targets; these patches go unused
-            student_rows, target_pixels, teacher_rows = ops.crop_patches(
-                images, low, high, table, student, target, teacher, crop_px=crop_px, patch_px=patch_px,
-                mean=self._mean, std=self._std,
-            )  # fmt: skip
-            groups.append(CropGroup(student_rows, student, teacher_rows, teacher, target_pixels, target))
-            first_crop += num_crops
+            if first_crop > 0:
+                masks = masks._replace(target=masks.target[:, :0].contiguous())  # local crops have no targets
+            groups.append(masks)
         return groups
 
-    def _whole_batches(
-        self, step: int, groups: list[list[CropGroup]]
-    ) -> list[Callable[[Tensor], Tensor] | None]:
+    def _whole_batches(self, step: int, inputs: list[Patches]) -> list[Callable[[Tensor], Tensor] | None]:
         """For each part, how its student outputs become the whole batch's (see join_whole_batch).
 
         With several forward passes per step this costs one more student pass, without gradient.
         """
-        parts = len(groups) * self.world.ranks
+        parts = len(inputs) * self.world.ranks
         if parts == 1 or self.config.optim.koleo_weight == 0:
-            return [None] * len(groups)
+            return [None] * len(inputs)
 
         def join(part: int, whole: Tensor | None, z: Tensor) -> Tensor:
             start = (part * self.world.ranks + self.world.rank) * z.shape[1]
             everyone = torch.cat(self.world.gather(z), dim=1) if whole is None else whole
             return join_whole_batch(z, everyone, start, parts)
 
-        if len(groups) == 1:
+        if len(inputs) == 1:
             return [partial(join, 0, None)]
         num_global, gathered = self.config.crops.num_global, []
-        for part, group in enumerate(groups):
+        for part, patches in enumerate(inputs):
             with torch.no_grad(), self._autocast():
-                z, _ = self.model.student_forward(group, self._subsets(step, part, group))
-            gathered += self.world.gather(z[: len(group[0].student_rows)].unflatten(0, (num_global, -1)))
+                z, _ = self.model.student_forward(patches, self._subsets(step, part, patches))
+            gathered += self.world.gather(z[: len(patches.groups[0].student)].unflatten(0, (num_global, -1)))
         whole = torch.cat(gathered, dim=1)
-        return [partial(join, part, whole) for part in range(len(groups))]
+        return [partial(join, part, whole) for part in range(len(inputs))]
 
-    def _subsets(self, step: int, part: int, groups: list[CropGroup]) -> list[Subset]:
+    def _subsets(self, step: int, part: int, patches: Patches) -> list[Subset]:
         model, key = self.config.model, (self.config.run.seed, step, part, self.world.rank)
-        return draw_subsets(groups, model.drop_path, model.depth, key)
+        return draw_subsets(patches.groups, model.drop_path, model.depth, key)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.run.precision == "bf16"

@@ -6,6 +6,7 @@ in the working dtype it is what runs where no kernel does. Formulas: PerA (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,27 @@ def disjoint_masks(
 # --- crop_patches ---------------------------------------------------------------------------------------
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+PIXEL_DTYPES = (torch.uint8, torch.uint16, torch.float32)  # by SourceImages.dtypes
+
+
+class SourceImages(NamedTuple):
+    """Images of any size and dtype in one buffer, all with the same number of bands."""
+
+    buffer: Tensor  # uint8 [bytes]
+    offsets: Tensor  # int64 [images], first byte of each, a multiple of its dtype's size
+    shapes: Tensor  # int64 [images, 3]: bands, height, width
+    dtypes: Tensor  # int64 [images]: 0 uint8, 1 uint16, 2 float32
+    low: Tensor  # float32 [images, bands], the value that becomes 0
+    high: Tensor  # float32 [images, bands], the value that becomes 1
+
+    def views(self) -> list[Tensor]:
+        """Each image [bands, height, width] as it lies in the buffer; waits for the device."""
+        listed = (self.offsets.tolist(), self.shapes.tolist(), self.dtypes.tolist())
+        views = []
+        for offset, shape, code in zip(*listed, strict=True):
+            size = math.prod(shape) * PIXEL_DTYPES[code].itemsize
+            views.append(self.buffer[offset : offset + size].view(PIXEL_DTYPES[code]).view(shape))
+        return views
 
 
 class CropTable(NamedTuple):
@@ -60,17 +82,31 @@ class CropTable(NamedTuple):
     box: Tensor  # int64 [n, 4], top, left, height, width in pixels of that image
     flip: Tensor  # bool [n, 2], horizontal, vertical
     factor: Tensor  # float32 [n, 2, 4], brightness, contrast, saturation, hue of each view
-    order: Tensor  # int64 [n, 2, 4], the colour operations in the order they apply, -1 for none
+    order: Tensor  # int64 [n, 2, 4], the colour operations in the order they apply, then -1
     grey: Tensor  # bool [n, 2], view turned to grey
 
 
+# A view's levels are either float in 0..1 or, "exact", int64 in 0..255 as Pillow's 8-bit images hold them.
+
+
 def luma(rgb: Tensor) -> Tensor:
-    """ITU-R 601 grey of [3, H, W] -> [1, H, W], as Pillow's "L" mode."""
+    """ITU-R 601 grey of levels [3, H, W] -> [1, H, W]."""
+    if rgb.dtype == torch.int64:
+        return ((rgb[0] * 19595 + rgb[1] * 38470 + rgb[2] * 7471 + 0x8000) >> 16)[None]
     return (rgb[0] * 0.299 + rgb[1] * 0.587 + rgb[2] * 0.114)[None]
 
 
+def blend(towards: Tensor, levels: Tensor, factor: Tensor) -> Tensor:
+    """towards + factor * (levels - towards), clipped; 8 bit is cut off, which costs half a level on average."""
+    if levels.dtype == torch.int64:
+        return (towards.float() + factor * (levels - towards).float()).clamp(0, 255).long()
+    half_level = 0.5 / 255 if factor != 1 else 0
+    factor = factor.to(levels.dtype)
+    return (levels * factor + (towards * (1 - factor) - half_level)).clamp(0, 1)
+
+
 def shift_hue(rgb: Tensor, turn: float) -> Tensor:
-    """Turn the hue of [3, H, W] values in 0..1 by `turn` (1 = full circle), through HSV."""
+    """Turn the hue of float levels [3, H, W] by `turn` (1 = full circle), through HSV."""
     value = rgb.amax(0)
     chroma = value - rgb.amin(0)
     safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
@@ -83,34 +119,83 @@ def shift_hue(rgb: Tensor, turn: float) -> Tensor:
     return value - chroma * torch.minimum(wave, 4 - wave).clamp(0, 1)
 
 
-def colour(image: Tensor, factor: Tensor, order: Tensor, grey: bool) -> Tensor:
-    """Jitter one view. [C, H, W] in 0..1 -> the same; factor and order: 4 values each (see CropTable).
+def shift_hue_exact(rgb: Tensor, steps: int) -> Tensor:
+    """Turn the hue of 8-bit levels [3, H, W] through 8-bit HSV, in the precision of each of Pillow's steps."""
+    value = rgb.amax(0)
+    chroma = value - rgb.amin(0)
+    r, g, b = (value - rgb).float() / chroma.clamp(min=1).float()
+    from_green, from_blue = (2.0 + r.double() - b.double()).float(), (4.0 + g.double() - r.double()).float()
+    sextant = torch.where(rgb[0] == value, b - g, torch.where(rgb[1] == value, from_green, from_blue))
+    hue = (torch.remainder(sextant.double() / 6 + 1, 1.0).float().double() * 255).long()
+    saturation = ((chroma.float() / value.clamp(min=1).float()).double() * 255).long()
 
-    Blends follow torchvision's: brightness towards 0, contrast towards the mean grey, saturation towards
-    grey, each clipped to 0..1. With other than three bands there is no grey: contrast uses each band's own
-    mean, and saturation, hue and grey do nothing.
+    hue = (torch.where(chroma > 0, hue, 0) + steps) % 256
+    sixths = hue.double() * 6 / 255
+    sector = sixths.long()
+    within, share = (sixths - sector).float(), (saturation.double() / 255).float()
+    p = (value * (1 - share.double()) + 0.5).long()
+    q = (value * (1 - (share * within).double()) + 0.5).long()
+    t = (value * (1 - share.double() * (1 - within.double())) + 0.5).long()
+    v, choice = value, (sector % 6)[None]
+    channels = [(v, q, p, p, t, v), (t, v, v, q, p, p), (p, p, t, v, v, q)]
+    return torch.cat([torch.stack(c).gather(0, choice) for c in channels])
+
+
+def colour(levels: Tensor, factor: Tensor, order: Tensor, grey: bool) -> Tensor:
+    """Jitter one view. Levels [C, H, W] -> the same; factor and order: 4 values each (see CropTable).
+
+    Blends follow Pillow's ImageEnhance: brightness towards 0, contrast towards the mean grey, saturation
+    towards grey. Hue turns by whole 256ths, of which Pillow's cutting off takes half a one; float levels are
+    rounded nowhere but lose the same on average. With other than three bands there is no grey: contrast uses
+    each band's own mean, and saturation, hue and grey do nothing.
     """
-    is_rgb = image.shape[0] == 3
+    is_rgb, exact = levels.shape[0] == 3, levels.dtype == torch.int64
     if grey and is_rgb:
-        return luma(image).expand_as(image)
-    for operation in order.tolist():
-        amount = float(factor[operation])
+        return luma(levels).expand_as(levels)
+    for operation in [i for i in order.tolist() if i >= 0]:
+        amount = factor[operation]
         if operation == BRIGHTNESS:
-            image = (image * amount).clamp(0, 1)
+            levels = blend(torch.zeros_like(levels), levels, amount)
         elif operation == CONTRAST:
-            mean = luma(image).mean() if is_rgb else image.mean((1, 2), keepdim=True)
-            image = (image * amount + mean * (1 - amount)).clamp(0, 1)
+            grey_levels = luma(levels) if is_rgb else levels
+            mean = grey_levels.double().mean((1, 2), keepdim=True)
+            levels = blend((mean + 0.5).long() if exact else mean.to(levels.dtype), levels, amount)
         elif operation == SATURATION and is_rgb:
-            image = (image * amount + luma(image) * (1 - amount)).clamp(0, 1)
+            levels = blend(luma(levels), levels, amount)
         elif operation == HUE and is_rgb:
-            image = shift_hue(image, amount)
-    return image
+            steps = int(float(amount) * 255)
+            levels = shift_hue_exact(levels, steps) if exact else shift_hue(levels, (steps - 0.5) / 255)
+    return levels
 
 
-def cut(image: Tensor, box: Sequence[int], flip: Sequence[bool], crop_px: int) -> Tensor:
-    """Crop, resize with antialiased bilinear, flip. [C, H, W] -> [C, crop_px, crop_px]."""
-    crop = window(image, box)[None]
-    crop = F.interpolate(crop, (crop_px, crop_px), mode="bilinear", antialias=True, align_corners=False)[0]
+def resize_exact(levels: Tensor, out: int) -> Tensor:
+    """Antialiased bilinear as Pillow: weights of 22 bits, 8 bits between the passes. int64 [C, H, W] -> out²."""
+
+    def weights(size: int) -> Tensor:
+        scale = size / out
+        support = max(scale, 1.0)
+        centre = (torch.arange(out, device=levels.device, dtype=torch.float64) + 0.5) * scale
+        place = torch.arange(size, device=levels.device, dtype=torch.float64)
+        triangle = (1 - ((place - centre[:, None] + 0.5) * (1 / support)).abs()).clamp(min=0)
+        return (triangle / triangle.sum(1, keepdim=True) * 2**22 + 0.5).floor()
+
+    _, height, width = levels.shape
+    x = levels.double()  # holds the whole numbers of the sums exactly, and has a matrix product on GPUs
+    vertical_first = height > out and height - out > 2 * (width - out)
+    for axis in ("down", "across") if vertical_first else ("across", "down"):
+        product = weights(height) @ x if axis == "down" else x @ weights(width).T
+        x = ((product + 2**21) / 2**22).floor()
+    return x.long()
+
+
+def cut(levels: Tensor, flip: Sequence[bool], crop_px: int) -> Tensor:
+    """Resize with antialiased bilinear, flip. Levels [C, H, W] -> [C, crop_px, crop_px]."""
+    if levels.dtype == torch.int64:
+        crop = resize_exact(levels, crop_px)
+    else:
+        crop = F.interpolate(
+            levels[None], (crop_px, crop_px), mode="bilinear", antialias=True, align_corners=False
+        )[0]
     axes = [axis for axis, on in ((2, flip[0]), (1, flip[1])) if on]
     return crop.flip(axes) if axes else crop
 
@@ -130,9 +215,7 @@ def patchify(images: Tensor, patch_px: int, order: str) -> Tensor:
 
 
 def crop_patches(
-    images: Sequence[Tensor],
-    low: Tensor,
-    high: Tensor,
+    images: SourceImages,
     table: CropTable,
     student_patches: Tensor,
     target_patches: Tensor,
@@ -142,26 +225,34 @@ def crop_patches(
     patch_px: int,
     mean: Tensor,
     std: Tensor,
+    exact: bool,
+    leading_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Augment and gather. See pera_fast.ops.crop_patches for shapes; works in the dtype of `low`."""
-    boxes, flips, sources = table.box.tolist(), table.flip.tolist(), table.image.tolist()
+    """Augment and gather. See pera_fast.ops.crop_patches for shapes; works in the dtype of `mean`."""
+    boxes, flips, indices = table.box.tolist(), table.flip.tolist(), table.image.tolist()
+    sources, dtype = images.views(), torch.float32 if exact else mean.dtype
     views: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for crop, (source, box, flip) in enumerate(zip(sources, boxes, flips, strict=True)):
-        base, span = low[source][:, None, None], (high - low)[source][:, None, None]
-        pixels = ((window(images[source], box).to(low.dtype) - base) / span).clamp(0, 1)
-        pixels = cut(pixels, (0, 0, *box[2:]), flip, crop_px)
+    for crop, (index, box, flip) in enumerate(zip(indices, boxes, flips, strict=True)):
+        low, high = (x[index][:, None, None].to(dtype) for x in (images.low, images.high))
+        levels = (window(sources[index], box).to(dtype) - low) * (1 / (high - low))
+        levels = levels.nan_to_num(nan=0.0).clamp(0, 1)  # NaN: not a number that a pixel can have
+        if exact:
+            levels = (levels * 255 + 0.5).long()
+        levels = cut(levels, flip, crop_px)
         for view in range(2):
             how = table.factor[crop, view], table.order[crop, view], bool(table.grey[crop, view])
-            views[view].append(colour(pixels, *how))
+            coloured = colour(levels, *how)
+            views[view].append(coloured.to(mean.dtype) / 255 if exact else coloured)
     student_view, teacher_view = ((torch.stack(v) - mean[:, None, None]) / std[:, None, None] for v in views)
 
-    def gather(view: Tensor, patches: Tensor, order: str) -> Tensor:
-        return patchify(view, patch_px, order).take_along_dim(patches[:, :, None], dim=1)
+    def gather(view: Tensor, patches: Tensor, order: str, leading: int) -> Tensor:
+        rows = patchify(view, patch_px, order).take_along_dim(patches[:, :, None], dim=1)
+        return F.pad(rows, (0, 0, leading, 0))
 
     return (
-        gather(student_view, student_patches, "cpq"),
-        gather(student_view, target_patches, "pqc"),
-        gather(teacher_view, teacher_patches, "cpq"),
+        gather(student_view, student_patches, "cpq", leading_rows),
+        gather(student_view, target_patches, "pqc", 0),
+        gather(teacher_view, teacher_patches, "cpq", leading_rows),
     )
 
 

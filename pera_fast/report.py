@@ -330,7 +330,8 @@ def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) 
     sample, crop, crop_index = _choose_crop(config, statistics, scenes)
     crops, table = config.crops, {k: torch.from_numpy(v[crop]) for k, v in sample.crops["global"].items()}
     image = to_unit(sample.pixels, str(sample.pixels.dtype), statistics)
-    image = reference.cut(image, table["box"].tolist(), table["flip"].tolist(), crops.global_px)
+    cropped = reference.window(image, table["box"].tolist())
+    image = reference.cut(cropped, table["flip"].tolist(), crops.global_px)
     student, teacher = (
         reference.colour(image, table["factor"][view], table["order"][view], bool(table["grey"][view]))
         for view in range(2)

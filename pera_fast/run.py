@@ -67,10 +67,10 @@ class Run:
 
     def loader(self) -> Iterator[Batch]:
         """This rank's batches from the start step on, one per forward pass."""
-        pin = self.world.device.type == "cuda"
         return make_loader(
-            self.dataset, self.start_step, self.total_steps, self.world.rank, self.world.ranks, pin
-        )
+            self.dataset, self.start_step, self.total_steps, self.world.rank, self.world.ranks,
+            self.world.device,
+        )  # fmt: skip
 
     def after_step(
         self, step: int, report: StepReport, values: StepValues, batches: Sequence[Batch], waited: float

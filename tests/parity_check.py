@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pera_fast.config import Config, CropConfig, ModelConfig, OptimConfig
-from pera_fast.model.pera import CropGroup, PerA, make_subsets
+from pera_fast.model.pera import CropGroup, Patches, PerA, make_subsets
 from pera_fast.optim import AdamWEMA
 from pera_fast.reference import patchify
 
@@ -80,8 +80,11 @@ def ours(name: str) -> str:
 
 def crop_group(
     student: Tensor, teacher: Tensor, ranks: Tensor, counts: dict[str, int], patch_px: int, targets: bool
-) -> CropGroup:
-    """Patches of full crops by the recorded permutation: rank < student, < student_plus_target, the rest."""
+) -> tuple[CropGroup, list[Tensor]]:
+    """Patches of full crops by the recorded permutation: rank < student, < student_plus_target, the rest.
+
+    Also (student rows, target pixels, teacher rows); a row of zeros leads each crop's first and last.
+    """
     order = ranks.argsort(dim=1)
     cuts = (counts["student"], counts["student_plus_target"])
     picked = [part.sort(dim=1).values for part in order.tensor_split(cuts, dim=1)]
@@ -95,7 +98,13 @@ def crop_group(
             (student, student, teacher), ("cpq", "pqc", "cpq"), picked, strict=True
         )
     ]
-    return CropGroup(rows[0], picked[0], rows[2], picked[2], rows[1], picked[1])
+    student_rows, target_pixels, teacher_rows = rows
+    return CropGroup(*picked), [with_cls_row(student_rows), target_pixels, with_cls_row(teacher_rows)]
+
+
+def with_cls_row(rows: Tensor) -> Tensor:
+    """[n, count, size] -> [n * (1 + count), size]."""
+    return torch.nn.functional.pad(rows, (0, 0, 1, 0)).flatten(0, 1)
 
 
 def relative(got: Tensor, want: Tensor | float) -> float:
@@ -115,19 +124,17 @@ def check_step(
     model: PerA, optimizer: AdamWEMA, hparams: dict[str, Any], step: dict[str, Any]
 ) -> dict[str, Any]:
     inputs, depth = step["inputs"], hparams["depth"]
-    groups = [
+    kinds = ["global"] + (["local"] if hparams["num_local"] else [])
+    found = [
         crop_group(
-            inputs["S_global"], inputs["T_global"], step["global_noise_sort"], hparams["global_counts"],
-            hparams["patch"], True,
+            inputs[f"S_{kind}"], inputs[f"T_{kind}"], step[f"{kind}_noise_sort"], hparams[f"{kind}_counts"],
+            hparams["patch"], kind == "global",
         )
+        for kind in kinds
     ]  # fmt: skip
-    if hparams["num_local"]:
-        groups.append(
-            crop_group(
-                inputs["S_local"], inputs["T_local"], step["local_noise_sort"], hparams["local_counts"],
-                hparams["patch"], False,
-            )
-        )  # fmt: skip
+    groups = [group for group, _ in found]
+    students, targets, teachers = zip(*(rows for _, rows in found), strict=True)
+    patches = Patches(groups, torch.cat(students), targets[0], torch.cat(teachers))
     recorded = step.get("drop_path_branges", [])
     per_branch = len(groups)
     chosen = [recorded[i : i + per_branch] for i in range(0, len(recorded), per_branch)] or None
@@ -135,9 +142,9 @@ def check_step(
 
     model.zero_grad()
     centre_used = model.centre.clone()
-    losses = model(groups, subsets, step["teacher_temp"])
+    losses = model(patches, subsets, step["teacher_temp"])
     losses.total.backward()
-    centre_after = model.next_centre(losses.z_teacher_sum / sum(len(g.teacher_rows) for g in groups))
+    centre_after = model.next_centre(losses.z_teacher_sum / sum(len(g.teacher) for g in groups))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     norm = optimizer.step(lr=step["lr"], weight_decay=step["wd"], momentum=step["momentum"])
     model.centre.copy_(centre_after)

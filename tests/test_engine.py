@@ -134,9 +134,13 @@ def test_a_step_that_is_not_finite_changes_nothing(
 def _two_ranks(folder: str, out: str) -> None:
     """Body of one rank: three steps, then rank 0 saves its state."""
     with world("cpu") as on:
-        engine, reports = run(Path(folder), tiny_config(batch_size=4), 3, on=on)
-        if on.is_first:
-            torch.save({"state": state(engine), "losses": [r.losses for r in reports]}, out)
+        _train_and_save(folder, out, on)
+
+
+def _train_and_save(folder: str, out: str, on: World) -> None:
+    engine, reports = run(Path(folder), tiny_config(batch_size=4), 3, on=on)
+    if on.is_first:
+        torch.save({"state": state(engine), "losses": [r.losses for r in reports]}, out)
 
 
 def test_two_ranks_equal_one_with_the_doubled_batch(image_folder: Path, tmp_path: Path) -> None:

@@ -57,11 +57,10 @@ def test_other_image_sizes_and_their_refusal() -> None:
 
 
 def groups(batch: int) -> list[CropGroup]:
-    empty = torch.zeros(0)
-    return [
-        CropGroup(torch.zeros(2 * batch, 7, 3), empty, empty, empty, empty, torch.zeros(2 * batch, 5)),
-        CropGroup(torch.zeros(8 * batch, 3, 3), empty, empty, empty, empty, torch.zeros(8 * batch, 0)),
-    ]
+    def group(crops: int, students: int, targets: int) -> CropGroup:
+        return CropGroup(*(torch.zeros(crops * batch, n, dtype=torch.int64) for n in (students, targets, 1)))
+
+    return [group(2, 7, 5), group(8, 3, 0)]
 
 
 def test_drop_path_subsets() -> None:
@@ -83,6 +82,6 @@ def test_drop_path_subsets() -> None:
 
 
 def test_at_least_one_sequence_stays() -> None:
-    single = [g._replace(student_rows=g.student_rows[:1]) for g in groups(1)]
+    single = [g._replace(student=g.student[:1]) for g in groups(1)]
     assert [count for count, _ in draw_subsets(single, 0.9, 1, (0,))[0].groups] == [1, 1]
     assert draw_subsets(groups(1), 0.0, 1, (0,))[0].rows is None

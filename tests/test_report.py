@@ -164,22 +164,21 @@ def test_crop_is_the_one_that_the_run_trains_on(tmp_path: Path) -> None:
     pair = report.first_crop(config, statistics, scenes)
     dataset = WindowDataset(SceneIndex(scenes, []), statistics, config)
     batch = collate([dataset[i] for i in range(config.run.batch_size)])
-    trained = Engine(config, statistics, WORLD).patches(0, 0, batch)[0]
+    trained = Engine(config, statistics, WORLD).patches(0, 0, batch)
+    masks = trained.groups[0]
     _, crop, index = report._choose_crop(config, statistics, scenes)
     image = index // (config.crops.num_global + config.crops.num_local)
     row = crop * config.run.batch_size + image
-    for ours, theirs in zip(
-        pair.patches, (trained.student_patches, trained.target_patches, trained.teacher_patches), strict=True
-    ):
+    for ours, theirs in zip(pair.patches, masks, strict=True):
         assert torch.equal(ours, theirs[row])
     patch_px, mean, std = config.model.patch_px, torch.tensor(statistics.mean), torch.tensor(statistics.std)
     for view, patches, rows in (
-        (pair.views[0], pair.patches[0], trained.student_rows),
-        (pair.views[1], pair.patches[2], trained.teacher_rows),
+        (pair.views[0], pair.patches[0], trained.student_rows.split(1 + masks.student.shape[1])),
+        (pair.views[1], pair.patches[2], trained.teacher_rows.split(1 + masks.teacher.shape[1])),
     ):
         normal = ((view - mean[:, None, None]) / std[:, None, None])[None]
         cells = torch.nn.functional.unfold(normal.float(), patch_px, stride=patch_px)[0].T[patches]
-        torch.testing.assert_close(cells, rows[row], rtol=0, atol=0.05)
+        torch.testing.assert_close(cells, rows[row][1:].float(), rtol=0, atol=0.05)
 
 
 def test_pictures_show_each_patch_where_it_belongs(tmp_path: Path) -> None:

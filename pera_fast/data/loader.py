@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +21,10 @@ from pera_fast.config import Config
 from pera_fast.data.crops import draw_crops
 from pera_fast.data.sources import DataError, Scene, SceneIndex, UnreadableImage, printable, read_windows
 from pera_fast.data.statistics import Statistics
-from pera_fast.reference import CropTable
+from pera_fast.reference import PIXEL_DTYPES, CropTable, SourceImages
 
 _log = logging.getLogger("pera_fast")
-_DTYPES = (torch.uint8, torch.uint16, torch.float32)
-_ALIGN = 16  # bytes; every image starts where any dtype may be viewed
+_ALIGN = 16  # bytes; everything in a batch's buffer starts where any dtype may be viewed
 _WINDOW_DRAWS = 10
 _DATA_ERROR = f"{DataError.__module__}.{DataError.__qualname__}"  # as a traceback names it
 
@@ -39,28 +39,49 @@ class Sample(NamedTuple):
     bad: list[tuple[str, str]]  # (path, reason) of images that were skipped on the way
 
 
-class Batch(NamedTuple):
-    """Source images of any size and dtype in one buffer, and the crops to cut from them."""
+class Field(NamedTuple):
+    """Where one array of a batch lies in its buffer."""
 
-    buffer: Tensor  # uint8 [bytes]
-    offsets: Tensor  # int64 [images], first byte of each
-    shapes: Tensor  # int64 [images, 3]: bands, height, width
-    dtypes: Tensor  # int64 [images]: 0 uint8, 1 uint16, 2 float32
-    low: Tensor  # float32 [images, bands]
-    high: Tensor  # float32 [images, bands]
-    tables: list[CropTable]  # global crops, and local ones if there are any; crop-major
-    bad: list[tuple[str, str]]
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    def images(self, buffer: Tensor | None = None) -> list[Tensor]:
-        """Views [C, H, W] of each image in `buffer` (the batch's own, or its copy on a device)."""
-        buffer = self.buffer if buffer is None else buffer
-        views = []
-        for offset, shape, code in zip(
-            self.offsets.tolist(), self.shapes.tolist(), self.dtypes.tolist(), strict=True
-        ):
-            size = math.prod(shape) * _DTYPES[code].itemsize
-            views.append(buffer[offset : offset + size].view(_DTYPES[code]).view(shape))
-        return views
+
+@dataclass
+class Batch:
+    """Source images of any size and dtype, and the crops to cut from them, all in one buffer.
+
+    One buffer is one block of memory to pass between processes, to pin and to copy to a device.
+    """
+
+    buffer: Tensor  # uint8 [bytes]: the images, then the fields
+    fields: dict[str, Field]
+    bad: list[tuple[str, str]]  # (path, reason) of images that were skipped on the way
+
+    @property
+    def images(self) -> SourceImages:
+        return SourceImages(self.buffer, *(self._view(name) for name in SourceImages._fields[1:]))
+
+    @property
+    def tables(self) -> list[CropTable]:
+        """Crops of each kind, global and then local ones if there are any; crop-major."""
+        kinds = [kind for kind in ("global", "local") if f"{kind}.image" in self.fields]
+        return [CropTable(*(self._view(f"{kind}.{name}") for name in CropTable._fields)) for kind in kinds]
+
+    def _view(self, name: str) -> Tensor:
+        start, shape, dtype = self.fields[name]
+        return self.buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def __len__(self) -> int:
+        """Images."""
+        return self.fields["offsets"].shape[0]
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.buffer.pin_memory(), self.fields, self.bad)
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on `device`; from pinned memory without waiting for it."""
+        return Batch(self.buffer.to(device, non_blocking=True), self.fields, self.bad)
 
 
 class WindowDataset(Dataset[Sample]):
@@ -144,33 +165,37 @@ class WindowDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples -> one buffer and crop-major tables: crop c of image i is row c * images + i."""
-    sizes = [sample.pixels.nbytes for sample in samples]
-    starts = np.cumsum([0] + [-(-size // _ALIGN) * _ALIGN for size in sizes])
-    buffer = np.zeros(int(starts[-1]), np.uint8)
-    for sample, start, size in zip(samples, starts, sizes, strict=False):
-        buffer[start : start + size] = np.ascontiguousarray(sample.pixels).reshape(-1).view(np.uint8)
-    codes = {np.dtype(np.uint8): 0, np.dtype(np.uint16): 1, np.dtype(np.float32): 2}
-    tables = []
-    for kind in ("global", "local"):
-        count = len(samples[0].crops[kind]["box"])
+    """Samples -> one buffer; tables are crop-major: crop c of image i is row c * images + i."""
+    codes = {np.dtype(str(dtype).removeprefix("torch.")): code for code, dtype in enumerate(PIXEL_DTYPES)}
+    pixels = [np.ascontiguousarray(sample.pixels) for sample in samples]
+    starts = np.cumsum([0] + [_aligned(array.nbytes) for array in pixels])
+    arrays: dict[str, np.ndarray] = {
+        "offsets": starts[:-1].astype(np.int64),
+        "shapes": np.array([array.shape for array in pixels], np.int64),
+        "dtypes": np.array([codes[array.dtype] for array in pixels], np.int64),
+        "low": np.stack([sample.low for sample in samples]),
+        "high": np.stack([sample.high for sample in samples]),
+    }
+    for kind, first in samples[0].crops.items():
+        count = len(first["box"])
         if count:
-            stacked = {
-                name: torch.from_numpy(np.stack([s.crops[kind][name] for s in samples], axis=1)).flatten(0, 1)
-                for name in samples[0].crops[kind]
-            }
-            image = torch.arange(len(samples)).repeat(count)
-            tables.append(CropTable(image=image, **stacked))
-    return Batch(
-        buffer=torch.from_numpy(buffer),
-        offsets=torch.from_numpy(starts[:-1].astype(np.int64)),
-        shapes=torch.tensor([s.pixels.shape for s in samples]),
-        dtypes=torch.tensor([codes[s.pixels.dtype] for s in samples]),
-        low=torch.from_numpy(np.stack([s.low for s in samples])),
-        high=torch.from_numpy(np.stack([s.high for s in samples])),
-        tables=tables,
-        bad=[entry for s in samples for entry in s.bad],
-    )
+            arrays[f"{kind}.image"] = np.tile(np.arange(len(samples)), count)
+        for name in first if count else ():
+            by_crop = np.stack([sample.crops[kind][name] for sample in samples], axis=1)
+            arrays[f"{kind}.{name}"] = by_crop.reshape(-1, *by_crop.shape[2:])
+    fields, end = {}, int(starts[-1])
+    for name, array in arrays.items():
+        fields[name] = Field(end, array.shape, torch.from_numpy(array).dtype)
+        end += _aligned(array.nbytes)
+    buffer = np.zeros(end, np.uint8)
+    places = [*starts[:-1], *(field.start for field in fields.values())]
+    for start, array in zip(places, [*pixels, *arrays.values()], strict=True):
+        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return Batch(torch.from_numpy(buffer), fields, [entry for sample in samples for entry in sample.bad])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
 
 
 class StreamSampler:
@@ -201,20 +226,42 @@ def make_loader(
     total_steps: int,
     rank: int = 0,
     ranks: int = 1,
-    pin: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Batches of one rank in order, one per forward pass. DataError when no image is readable any more."""
+    """Batches of one rank on `device` (default: the CPU) in order, one per forward pass.
+
+    DataError when no image is readable any more.
+    """
     config = dataset.config
+    on_gpu = device is not None and device.type == "cuda"
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=StreamSampler(config, start_step, total_steps, rank, ranks),
         collate_fn=collate,
         num_workers=config.data.workers,
-        pin_memory=pin,
+        pin_memory=on_gpu,
         prefetch_factor=2 if config.data.workers else None,
     )
     try:
-        yield from loader
+        yield from copied_ahead(loader, device) if on_gpu and device else loader
     except DataError as error:
         # A worker's exception arrives with its traceback before the sentence.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_DATA_ERROR}: ")) from None
+
+
+def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a GPU, each copied on a stream of its own while the one before is being used."""
+    copies = torch.cuda.Stream(device)
+    ahead: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            following = batch.to(device)
+        if ahead is not None:
+            yield ahead
+        # From here on the caller's work waits for the copy, and the copy's memory for the caller's work.
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(copies)
+        following.buffer.record_stream(current)
+        ahead = following
+    if ahead is not None:
+        yield ahead

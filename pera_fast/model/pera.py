@@ -17,14 +17,23 @@ from pera_fast.model.vit import Groups, Head, Subset, VisionTransformer
 
 
 class CropGroup(NamedTuple):
-    """The used patches of all crops of one size; n = crops × images, crop-major."""
+    """Which patches of all crops of one size are used; n = crops × images, crop-major. Raster indices."""
 
-    student_rows: Tensor  # float [n, S, C·p²], view 0
-    student_patches: Tensor  # int64 [n, S], raster indices
-    teacher_rows: Tensor  # float [n, T, C·p²], view 1
-    teacher_patches: Tensor  # int64 [n, T]
-    target_pixels: Tensor  # float [n, P, p²·C], view 0 in (p, q, c) order; P = 0 in local crops
-    target_patches: Tensor  # int64 [n, P]
+    student: Tensor  # int64 [n, S]
+    target: Tensor  # int64 [n, P]; P = 0 in local crops
+    teacher: Tensor  # int64 [n, T]
+
+
+class Patches(NamedTuple):
+    """One forward pass's input: the used patches of all crops, packed, and where they lie.
+
+    The rows of every crop begin with one of zeros, the place of its CLS token.
+    """
+
+    groups: list[CropGroup]  # global crops[, local crops]
+    student_rows: Tensor  # float [Σ n·(1 + S), C·p²], view 0
+    target_pixels: Tensor  # float [n, P, p²·C] of the global crops, view 0 in (p, q, c) order
+    teacher_rows: Tensor  # float [Σ n·(1 + T), C·p²], view 1
 
 
 class Losses(NamedTuple):
@@ -74,58 +83,58 @@ class PerA(nn.Module):
         teachers = dict(self.teacher.named_parameters(prefix="student"))
         return [(n, p, teachers.get(n)) for n, p in self.named_parameters() if p.requires_grad]
 
-    def student_forward(
-        self, groups: Sequence[CropGroup], subsets: Sequence[Subset]
-    ) -> tuple[Tensor, Tensor]:
+    def student_forward(self, patches: Patches, subsets: Sequence[Subset]) -> tuple[Tensor, Tensor]:
         """(z [crops × images, bottleneck] unit rows, predicted pixels [target patches, p²·C])."""
-        backbone = self.student.backbone
-        tokens, positions = self._embed(backbone, [(g.student_rows, g.student_patches) for g in groups])
+        backbone, groups = self.student.backbone, patches.groups
+        positions = self._positions(backbone, groups)
+        x = backbone.embed(patches.student_rows, [g.student for g in groups], positions)
         middle = len(backbone.blocks) // 2
-        x = torch.cat([t.flatten(0, 1) for t in tokens])
         x = backbone.blocks_forward(x, slice(0, middle), subsets[: 2 * middle])
 
         # The targets enter half way, as mask tokens that know only where they are.
-        masked = self.mask_token + F.embedding(groups[0].target_patches, positions[0])
-        first, rest = x.split([tokens[0].shape[:2].numel(), len(x) - tokens[0].shape[:2].numel()])
-        first = torch.cat((first.unflatten(0, tokens[0].shape[:2]), masked.to(x.dtype)), dim=1)
+        shapes = [(len(g.student), 1 + g.student.shape[1]) for g in groups]
+        num_global, visible = shapes[0]
+        masked = self.mask_token + F.embedding(groups[0].target, positions[0])
+        first, rest = x.split([num_global * visible, len(x) - num_global * visible])
+        first = torch.cat((first.unflatten(0, shapes[0]), masked.to(x.dtype)), dim=1)
         x = torch.cat((first.flatten(0, 1), rest))
         x = backbone.blocks_forward(x, slice(middle, None), subsets[2 * middle :])
 
-        lengths = [first.shape[1], *(t.shape[1] for t in tokens[1:])]
-        cls_rows = _cls_rows([(len(t), n) for t, n in zip(tokens, lengths, strict=True)], x.device)
-        target_rows = torch.arange(len(first) * lengths[0], device=x.device).view(len(first), -1)
-        target_rows = target_rows[:, tokens[0].shape[1] :].flatten()
+        shapes[0] = (num_global, first.shape[1])
+        cls_rows = _cls_rows(shapes, x.device)
+        target_rows = torch.arange(num_global * first.shape[1], device=x.device).view(num_global, -1)
+        target_rows = target_rows[:, visible:].flatten()
         normed = backbone.norm_rows(x, torch.cat((cls_rows, target_rows)))
         cls, targets = normed.split([len(cls_rows), len(target_rows)])
         return self.student.cls_head(cls), self.pixel_head.last_layer(self.pixel_head(targets))
 
     @torch.no_grad()
-    def teacher_forward(self, groups: Sequence[CropGroup]) -> Tensor:
+    def teacher_forward(self, patches: Patches) -> Tensor:
         """z [crops × images, bottleneck] unit rows."""
-        backbone = self.teacher.backbone
-        tokens, _ = self._embed(backbone, [(g.teacher_rows, g.teacher_patches) for g in groups])
-        shapes: Groups = [(t.shape[0], t.shape[1]) for t in tokens]
-        x = torch.cat([t.flatten(0, 1) for t in tokens])
+        backbone, groups = self.teacher.backbone, patches.groups
+        positions = self._positions(backbone, groups)
+        x = backbone.embed(patches.teacher_rows, [g.teacher for g in groups], positions)
+        shapes: Groups = [(len(g.teacher), 1 + g.teacher.shape[1]) for g in groups]
         x = backbone.blocks_forward(x, slice(None), [Subset(shapes)] * (2 * len(backbone.blocks)))
         return self.teacher.cls_head(backbone.norm_rows(x, _cls_rows(shapes, x.device)))
 
     def forward(
         self,
-        groups: Sequence[CropGroup],
+        patches: Patches,
         subsets: Sequence[Subset],
         teacher_temperature: float,
         whole_batch: Callable[[Tensor], Tensor] | None = None,
     ) -> Losses:
-        """Losses of one batch: groups = (global crops[, local crops]), subsets from `draw_subsets`.
+        """Losses of one batch, subsets from `draw_subsets`.
 
         whole_batch: given this pass's student z of the global crops, [num_global, images, bottleneck], the
         same of the optimiser step's whole batch, for KoLeo (see `join_whole_batch`); None: it is the whole.
         """
         optim, crops = self.config.optim, self.config.crops
-        z_teacher = self.teacher_forward(groups)
-        z_student, predicted = self.student_forward(groups, subsets)
+        z_teacher = self.teacher_forward(patches)
+        z_student, predicted = self.student_forward(patches, subsets)
         v, g = self.student.prototypes()
-        batch = len(groups[0].student_rows) // crops.num_global
+        batch = len(patches.groups[0].student) // crops.num_global
         distill = ops.distill_loss(
             z_student, z_teacher, (v, g), self.teacher.prototypes(), self.centre, optim.student_temperature,
             teacher_temperature, [batch] * (len(z_student) // batch),
@@ -134,7 +143,7 @@ class PerA(nn.Module):
         z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
         spread = [ops.koleo(z, v, g) for z in (z_global if whole_batch is None else whole_batch(z_global))]
         koleo = torch.stack([loss for loss, _ in spread])
-        error = predicted.to(distill.dtype) - groups[0].target_pixels.flatten(0, 1)
+        error = predicted.to(distill.dtype) - patches.target_pixels.flatten(0, 1)
         pixel = error.square().sum(-1).mean()
         total = distill.mean() + optim.koleo_weight * koleo.sum() + optim.pixel_weight * pixel
         neighbours = torch.stack([nn for _, nn in spread])
@@ -148,16 +157,11 @@ class PerA(nn.Module):
         mean = ops.mean_prototype_logit(z_teacher_mean, *self.teacher.prototypes())
         return torch.lerp(mean, self.centre, self.config.optim.centre_momentum)
 
-    def _embed(
-        self, backbone: VisionTransformer, inputs: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Tokens [n, 1 + patches, D] and position table [L, D] of each crop size."""
+    def _positions(self, backbone: VisionTransformer, groups: Sequence[CropGroup]) -> list[Tensor]:
+        """Position table [L, D] of each crop size."""
         crops, patch_px = self.config.crops, self.config.model.patch_px
-        tokens, positions = [], []
-        for (rows, patches), crop_px in zip(inputs, (crops.global_px, crops.local_px), strict=False):
-            positions.append(backbone.positions(crop_px // patch_px, crop_px // patch_px))
-            tokens.append(backbone.embed(rows, patches, positions[-1]))
-        return tokens, positions
+        sizes = (crops.global_px // patch_px, crops.local_px // patch_px)
+        return [backbone.positions(grid, grid) for grid in sizes[: len(groups)]]
 
 
 def draw_subsets(
@@ -169,7 +173,7 @@ def draw_subsets(
     residual is scaled by b / subset size. key: whole numbers, e.g. (seed, step, part, rank); equal keys
     give equal subsets on every device.
     """
-    counts = [len(g.student_rows) for g in groups]
+    counts = [len(g.student) for g in groups]
     random = np.random.default_rng([*key, 0x0D709])
     chosen = None
     if drop_path > 0:
@@ -188,10 +192,10 @@ def make_subsets(
     groups: Sequence[CropGroup], depth: int, chosen: Sequence[Sequence[Tensor]] | None
 ) -> list[Subset]:
     """Subsets from the chosen sequences, int64 per branch and crop size; None: every sequence."""
-    device = groups[0].student_rows.device
-    counts = [len(g.student_rows) for g in groups]
-    before = [1 + g.student_rows.shape[1] for g in groups]
-    after = [before[0] + groups[0].target_patches.shape[1], *before[1:]]
+    device = groups[0].student.device
+    counts = [len(g.student) for g in groups]
+    before = [1 + g.student.shape[1] for g in groups]
+    after = [before[0] + groups[0].target.shape[1], *before[1:]]
     halves = [before] * (2 * (depth // 2)) + [after] * (2 * (depth - depth // 2))
     if chosen is None:
         return [Subset(list(zip(counts, lengths, strict=True))) for lengths in halves]

@@ -63,15 +63,11 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A patch's pixels to a token: the convolution of the usual ViT, applied to chosen patches only."""
+    """A patch's pixels to a token: the parameters of the usual ViT's convolution, as `embed` applies them."""
 
     def __init__(self, patch_px: int, in_bands: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_bands, dim, kernel_size=patch_px, stride=patch_px)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """[..., in_bands * patch_px**2] in (band, row, column) order -> [..., dim]."""
-        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -109,11 +105,24 @@ class VisionTransformer(nn.Module):
         )
         return resized.flatten(2)[0].T
 
-    def embed(self, patch_rows: Tensor, patches: Tensor, positions: Tensor) -> Tensor:
-        """Tokens of chosen patches, CLS first. [b, n, C·p²], indices [b, n], [L, D] -> [b, 1 + n, D]."""
-        tokens = self.patch_embed(patch_rows) + F.embedding(patches, positions)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        return torch.cat((cls.to(tokens.dtype), tokens), dim=1)
+    def embed(self, rows: Tensor, patches: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
+        """Tokens of chosen patches of crops of several sizes, CLS first: one product over all of them.
+
+        rows: float [R, C·p²], of every crop a row of zeros and then its patches in (band, row, column) order.
+        patches: int64 [n, S] of each crop size, R = Σ n·(1 + S). positions: [L, D] of each crop size.
+        Returns float [R, D] in the dtype of positions or better.
+        """
+        proj = self.patch_embed.proj
+        assert proj.bias is not None
+        # What is added to each row's product: of a zero row it is all there is.
+        added = [(self.cls_token + self.pos_embed[:, :1])[0], *(table + proj.bias for table in positions)]
+        starts = [1 + sum(len(table) for table in positions[:i]) for i in range(len(positions))]
+        index = [F.pad(p + start, (1, 0)).flatten() for p, start in zip(patches, starts, strict=True)]
+        tokens = F.embedding(torch.cat(index), torch.cat(added))
+        weight = proj.weight.flatten(1)
+        if rows.dtype == tokens.dtype and not torch.is_autocast_enabled(rows.device.type):
+            return tokens.addmm_(rows, weight.T)
+        return tokens.add_(F.linear(rows, weight.to(rows.dtype)))
 
     def blocks_forward(self, x: Tensor, blocks: slice, subsets: Sequence[Subset]) -> Tensor:
         """Run some of the blocks on x [rows, D]; subsets: one per branch (attention, MLP, attention, …)."""
@@ -146,12 +155,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"images: expected height and width in multiples of {self.patch_px}, got {height}x{width}"
             )
-        rows = F.unfold(images, self.patch_px, stride=self.patch_px).mT
-        every_patch = torch.arange(rows.shape[1], device=rows.device).expand(batch, -1)
-        x = self.embed(rows, every_patch, self.positions(grid_height, grid_width))
-        length = x.shape[1]
+        rows = F.pad(F.unfold(images, self.patch_px, stride=self.patch_px).mT, (0, 0, 1, 0))
+        length = rows.shape[1]
+        every_patch = torch.arange(length - 1, device=rows.device).expand(batch, -1)
+        x = self.embed(rows.flatten(0, 1), [every_patch], [self.positions(grid_height, grid_width)])
         subsets = [Subset([(batch, length)])] * (2 * len(self.blocks))
-        x = self.blocks_forward(x.flatten(0, 1), slice(None), subsets)
+        x = self.blocks_forward(x, slice(None), subsets)
         normed = ops.residual_norm(
             x, None, None, None, None, self.norm.weight, self.norm.bias, self.norm.eps
         )[1]

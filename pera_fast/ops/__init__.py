@@ -2,7 +2,7 @@
 
 from pera_fast.ops._dispatch import BackendError
 from pera_fast.ops.adamw_ema import adamw_ema
-from pera_fast.ops.crop_patches import CropTable, crop_patches
+from pera_fast.ops.crop_patches import CropTable, SourceImages, crop_patches, pack_images
 from pera_fast.ops.disjoint_masks import disjoint_masks
 from pera_fast.ops.distill_loss import distill_loss, koleo, mean_prototype_logit
 from pera_fast.ops.packed_attention import packed_attention
@@ -11,12 +11,14 @@ from pera_fast.ops.residual_norm import residual_add, residual_norm
 __all__ = [
     "BackendError",
     "CropTable",
+    "SourceImages",
     "adamw_ema",
     "crop_patches",
     "disjoint_masks",
     "distill_loss",
     "koleo",
     "mean_prototype_logit",
+    "pack_images",
     "packed_attention",
     "residual_add",
     "residual_norm",

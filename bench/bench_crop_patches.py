@@ -1,56 +1,150 @@
-"""crop_patches against Pillow's full crops of both views, at the paper's crop sizes."""
+"""From decoded images to the patch embedding's input: masks, crops, colours, normalisation, gathering."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
 import torch
 from baselines.pillow_augment import crop_pairs
-from compare import compare
-from workload import IMAGENET, batch, small_vit_s
+from compare import all_close, compare
+from torch import Tensor
+from workload import IMAGENET, batch, small_vit_s, statistics
 
-from pera_fast import ops
+from pera_fast.config import Config
+from pera_fast.data.loader import Batch
+from pera_fast.distributed import World
+from pera_fast.engine import Engine
+from pera_fast.model.pera import Patches
 from pera_fast.ops import _dispatch
 from pera_fast.reference import patchify
 
+MEAN, STD = (torch.tensor(x) for x in IMAGENET)
+CPU = World(0, 1, torch.device("cpu"))
 
-def bench_crop_patches(benchmark) -> None:
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def engine(exact: bool, precision: str) -> Engine:
     config = small_vit_s()
-    crops = config.crops
-    decoded = batch(config, images=2)
-    mean, std = (torch.tensor(x) for x in IMAGENET)
-    sizes = (crops.global_px, crops.local_px)
-    chosen = []
+    config = replace(
+        config,
+        crops=replace(config.crops, exact_augmentation=exact),
+        run=replace(config.run, precision=precision),
+    )
+    return Engine(config, statistics(), CPU)
+
+
+def pillow_views(config: Config, decoded: Batch) -> list[list[Tensor]]:
+    """Student and teacher views of global and local crops, and the masks that come with them."""
+    arrays = [image.numpy() for image in decoded.images.views()]
+    sizes = (config.crops.global_px, config.crops.local_px)
+    views = []
     for table, px in zip(decoded.tables, sizes, strict=True):
-        students, targets, teachers = crops.mask_counts((px // 16) ** 2)
-        chosen.append(
-            ops.disjoint_masks(
-                torch.arange(len(table.image)), seed=0, step=0, num_patches=students + targets + teachers,
-                num_student=students, num_target=targets,
-            )
-        )  # fmt: skip
-    arrays = [image.numpy() for image in decoded.images()]
+        views.append(crop_pairs(arrays, table, px, MEAN, STD))
+        patches = (px // config.model.patch_px) ** 2
+        torch.argsort(torch.rand(len(table.image), patches), dim=1)
+    return views
 
-    def ours() -> list[torch.Tensor]:
-        rows = []
-        for table, px, (student, target, teacher) in zip(decoded.tables, sizes, chosen, strict=True):
-            rows += ops.crop_patches(
-                decoded.images(), decoded.low, decoded.high, table, student, target, teacher, crop_px=px,
-                patch_px=16, mean=mean, std=std,
-            )  # fmt: skip
-        return rows
 
-    def theirs() -> list[torch.Tensor]:
-        return [
-            view
-            for table, px in zip(decoded.tables, sizes, strict=True)
-            for view in crop_pairs(arrays, table, px, mean, std)
+def rows_of(views: list[list[Tensor]], patches: Patches) -> list[Tensor]:
+    """The student's rows, target pixels and teacher's rows cut out of full views."""
+    sets = [
+        [(views[i][view], getattr(masks, name), order) for i, masks in enumerate(patches.groups)]
+        for view, name, order in ((0, "student", "cpq"), (0, "target", "pqc"), (1, "teacher", "cpq"))
+    ]
+    return [
+        torch.cat(
+            [patchify(v, 16, order).take_along_dim(p[:, :, None], 1).flatten(0, 1) for v, p, order in some]
+        )
+        for some in sets
+    ]
+
+
+def without_cls_rows(rows: Tensor, counts: list[tuple[int, int]]) -> Tensor:
+    parts = rows.split([n * (1 + count) for n, count in counts])
+    return torch.cat(
+        [x.view(n, 1 + c, -1)[:, 1:].flatten(0, 1) for x, (n, c) in zip(parts, counts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("num_threads", [1, torch.get_num_threads()])
+@pytest.mark.parametrize("exact", [True, False])
+def bench_crop_patches(benchmark, exact: bool, num_threads: int) -> None:
+    ours_engine = engine(exact, "fp32")
+    decoded = batch(ours_engine.config, images=8)
+
+    def ours() -> Patches:
+        return ours_engine.patches(0, 0, decoded)
+
+    def theirs() -> list[list[Tensor]]:
+        return pillow_views(ours_engine.config, decoded)
+
+    def same(patches: Patches, views: list[list[Tensor]]) -> None:
+        want = rows_of(views, patches)
+        counts = [[tuple(getattr(m, name).shape) for m in patches.groups] for name in ("student", "teacher")]
+        got = [
+            without_cls_rows(patches.student_rows, counts[0]),
+            patches.target_pixels.flatten(0, 1),
+            without_cls_rows(patches.teacher_rows, counts[1]),
         ]
+        for ours, theirs in zip(got, want, strict=True):
+            difference = (ours - theirs).abs() * 255 * STD.min()  # in levels
+            if exact:
+                assert difference.max() < 1e-2
+            assert difference.mean() < 1
 
-    def same(rows: list[torch.Tensor], views: list[torch.Tensor]) -> None:
-        # Pillow rounds to 8 bit after every stage: a mean difference below 2.5 levels of 255.
-        for got, view, patches in zip(rows[::3], views[::2], (c[0] for c in chosen), strict=True):
-            want = torch.stack([patchify(v, 16, "cpq")[p] for v, p in zip(view, patches, strict=True)])
-            assert (got - want).abs().mean() < 2.5 / 255 / 0.224
+    with threads(num_threads):
+        compare(
+            benchmark, op="crop_patches", backend=_dispatch.resolve("crop_patches", "cpu").backend,
+            peer="Pillow crops of both views, argsort masks", ours=ours, theirs=theirs, same=same, pairs=5,
+            shape=f"8 images 512 px, 2x448 + 8x96 pairs, {'exact' if exact else 'float'}, {num_threads} threads",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def bench_crop_patches_against_tensors(benchmark, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same op in PyTorch tensor operations: what one writes without Pillow and without a kernel."""
+    ours_engine = engine(exact, "fp32")
+    decoded = batch(ours_engine.config, images=2)
+
+    def run(backend: str) -> Patches:
+        monkeypatch.setenv("PERA_FAST_BACKEND", f"crop_patches={backend}")
+        return ours_engine.patches(0, 0, decoded)
+
+    fastest = _dispatch.resolve("crop_patches", "cpu").backend
+    compare(
+        benchmark, op="crop_patches", backend=fastest, peer="PyTorch tensor operations",
+        ours=lambda: run(fastest), theirs=lambda: run("reference"), pairs=3,
+        same=lambda a, b: all_close(1e-4)((a.student_rows, a.teacher_rows), (b.student_rows, b.teacher_rows)),
+        shape=f"2 images 512 px, 2x448 + 8x96 pairs, {'exact' if exact else 'float'}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def bench_batch_memory(benchmark, precision: str) -> None:
+    """Memory of a batch of 64 before the embedding's product; time is compared as well, at one size."""
+    ours_engine = engine(False, precision)
+    decoded = batch(ours_engine.config, images=64)
+
+    def ours() -> Patches:
+        return ours_engine.patches(0, 0, decoded)
+
+    def theirs() -> list[list[Tensor]]:
+        return pillow_views(ours_engine.config, decoded)
 
     compare(
         benchmark, op="crop_patches", backend=_dispatch.resolve("crop_patches", "cpu").backend,
-        peer="Pillow crops of both views", ours=ours, theirs=theirs, same=same, pairs=5,
-        shape="2 images 512 px, 2x448 + 8x96 pairs",
+        peer="Pillow crops of both views, argsort masks", ours=ours, theirs=theirs, pairs=1, dtype=precision,
+        shape="64 images 512 px, 2x448 + 8x96 pairs, float",
     )  # fmt: skip

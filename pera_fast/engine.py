@@ -122,15 +122,15 @@ class Engine:
         row_size = self.config.model.in_bands * patch_px**2
         dtype = torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32
 
-        def packed(counts: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        def packed(counts: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
             """One matrix for all crops, and its rows of each crop size as [n, rows, row size]."""
             rows = torch.empty(sum(n * count for n, count in counts), row_size, dtype=dtype, device=device)
             parts = rows.split([n * count for n, count in counts])
             return rows, [x.view(n, count, row_size) for x, (n, count) in zip(parts, counts, strict=True)]
 
-        student, students = packed([(len(m.student), 1 + m.student.shape[1]) for m in masks], dtype)
-        teacher, teachers = packed([(len(m.teacher), 1 + m.teacher.shape[1]) for m in masks], dtype)
-        _, targets = packed([(len(m.target), m.target.shape[1]) for m in masks], torch.float32)
+        student, students = packed([(len(m.student), 1 + m.student.shape[1]) for m in masks])
+        teacher, teachers = packed([(len(m.teacher), 1 + m.teacher.shape[1]) for m in masks])
+        _, targets = packed([(len(m.target), m.target.shape[1]) for m in masks])
         sizes = (config.global_px, config.local_px)
         for i, (table, mask, crop_px) in enumerate(zip(tables, masks, sizes, strict=False)):
             ops.crop_patches(

@@ -256,6 +256,14 @@ def crop_patches(
     )
 
 
+# --- patch_embed ----------------------------------------------------------------------------------------
+
+
+def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """table[index] + rows · weightᵀ. rows [R, F], weight [D, F], table [T, D], index int64 [R] -> [R, D]."""
+    return (F.embedding(index, table) + F.linear(rows, weight.to(rows.dtype))).to(table.dtype)
+
+
 # --- packed_attention -----------------------------------------------------------------------------------
 
 

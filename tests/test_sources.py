@@ -660,9 +660,76 @@ def test_any_decoder_failure_is_unreadable(tmp_path: Path, monkeypatch: pytest.M
             raise failure
 
         monkeypatch.setattr(sources, "_open_pillow", fail)
+        monkeypatch.setattr(sources, "simplejpeg", None)
         with pytest.raises(UnreadableImage) as caught:
             read_window(scene, 0, 0, 8, 9, bands=None, in_bands=3)
         assert caught.value.__cause__ is failure and caught.value.reason
+
+
+def jpeg_cases(folder: Path) -> dict[str, bytes]:
+    """JPEGs of all kinds, whole and damaged."""
+    photo = Image.open(sources.__file__.replace("data/sources.py", "demo/neon_soap.jpg")).convert("RGB")
+    photo = photo.crop((3, 5, 203, 130))
+    cases = {}
+    for name, image, options in (
+        ("420", photo, {}),
+        ("444", photo, {"subsampling": 0}),
+        ("422", photo, {"subsampling": 1}),
+        ("progressive", photo, {"progressive": True}),
+        ("grey", photo.convert("L"), {}),
+        ("cmyk", photo.convert("CMYK"), {}),
+        ("rgb", photo, {"keep_rgb": True}),
+    ):
+        image.save(folder / "case.jpg", quality=90, **options)
+        cases[name] = (folder / "case.jpg").read_bytes()
+    whole = cases["420"]
+    random = np.random.default_rng(0)
+    for i in range(60):
+        damaged = bytearray(whole)
+        for place in random.integers(2, len(whole), 1 + i % 5):
+            damaged[place] = random.integers(256)
+        cases[f"damaged {i}"] = bytes(damaged)
+    cases["cut"] = whole[: len(whole) // 2]
+    cases["cut, with end marker"] = whole[: len(whole) // 2] + b"\xff\xd9"
+    cases["junk behind"] = whole + b"junk"
+    return cases
+
+
+def test_simplejpeg_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pixels as Pillow's, and the same refusals."""
+    quick = pytest.importorskip("simplejpeg")
+
+    def outcome(path: Path) -> np.ndarray | str:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return read_all(path)[0]
+        except UnreadableImage as error:
+            return error.reason
+
+    read_by_it = 0
+    for name, data in jpeg_cases(tmp_path).items():
+        path = tmp_path / "case.jpg"
+        path.write_bytes(data)
+        results = []
+        for module in (quick, None):
+            monkeypatch.setattr(sources, "simplejpeg", module)
+            results.append(outcome(path))
+        if isinstance(results[0], str):
+            assert results[0] == results[1], name
+        else:
+            assert np.array_equal(*results), name
+            monkeypatch.setattr(sources, "simplejpeg", quick)
+            read_by_it += sources._decode_simplejpeg(data, name) is not None
+    assert read_by_it >= 6
+
+
+def test_jpeg_beyond_the_limit_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.jpg", noise(8, 9, 3))
+    monkeypatch.setattr(sources, "MAX_DECODED_PIXELS", 71)
+    with pytest.raises(UnreadableImage, match="71 that are decoded at once"):
+        sources._decode(str(path), "JPEG")
 
 
 def test_unreadable_image_survives_pickling() -> None:

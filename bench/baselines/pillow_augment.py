@@ -35,21 +35,32 @@ def crop_pairs(
 ) -> list[Tensor]:
     """Student and teacher views of all crops. images: uint8 [3, H, W] -> two float32 [n, 3, crop_px, crop_px]."""
     opened = [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in images]
-    views: tuple[list[Tensor], list[Tensor]] = ([], [])
+    views = [torch.empty(len(table.image), 3, crop_px, crop_px) for _ in range(2)]
     for i, source in enumerate(table.image.tolist()):
-        top, left, height, width = table.box[i].tolist()
-        crop = opened[source].crop((left, top, left + width, top + height))
-        crop = crop.resize((crop_px, crop_px), Image.Resampling.BILINEAR)
-        for on, flip in zip(
-            table.flip[i].tolist(),
-            (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM),
-            strict=True,
-        ):
-            crop = crop.transpose(flip) if on else crop
-        for view in range(2):
-            coloured = _view(
-                crop, table.factor[i, view].tolist(), table.order[i, view].tolist(), bool(table.grey[i, view])
-            )
-            tensor = torch.from_numpy(np.array(coloured)).permute(2, 0, 1).float().div_(255)
-            views[view].append(tensor.sub_(mean[:, None, None]).div_(std[:, None, None]))
-    return [torch.stack(view) for view in views]
+        for to, tensor in zip(views, crop_pair(opened[source], table, i, crop_px, mean, std), strict=True):
+            to[i] = tensor
+    return views
+
+
+def crop_pair(
+    image: Image.Image, table: CropTable, crop: int, crop_px: int, mean: Tensor, std: Tensor
+) -> list[Tensor]:
+    """The two views of one crop, float32 [3, crop_px, crop_px] each."""
+    top, left, height, width = table.box[crop].tolist()
+    cut = image.crop((left, top, left + width, top + height))
+    cut = cut.resize((crop_px, crop_px), Image.Resampling.BILINEAR)
+    for on, flip in zip(
+        table.flip[crop].tolist(),
+        (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM),
+        strict=True,
+    ):
+        cut = cut.transpose(flip) if on else cut
+    pair = []
+    for view in range(2):
+        coloured = _view(
+            cut, table.factor[crop, view].tolist(), table.order[crop, view].tolist(),
+            bool(table.grey[crop, view]),
+        )  # fmt: skip
+        tensor = torch.from_numpy(np.array(coloured)).permute(2, 0, 1).float().div_(255)
+        pair.append(tensor.sub_(mean[:, None, None]).div_(std[:, None, None]))
+    return pair

@@ -5,7 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "../crop_patches_op.h"
 
@@ -86,9 +86,8 @@ void crop_patches(
       const int64_t needed = kernel(a, crop, nullptr);
       bytes = needed > bytes ? needed : bytes;
     }
-    std::vector<uint8_t> memory(static_cast<size_t>(bytes) + 63);
-    uint8_t* const scratch =
-        memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    const std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>(bytes) + 63]);
+    uint8_t* const scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
     for (int64_t crop = begin; crop < end; ++crop) kernel(a, crop, scratch);
   });
 }

@@ -118,11 +118,7 @@ class VisionTransformer(nn.Module):
         added = [(self.cls_token + self.pos_embed[:, :1])[0], *(table + proj.bias for table in positions)]
         starts = [1 + sum(len(table) for table in positions[:i]) for i in range(len(positions))]
         index = [F.pad(p + start, (1, 0)).flatten() for p, start in zip(patches, starts, strict=True)]
-        tokens = F.embedding(torch.cat(index), torch.cat(added))
-        weight = proj.weight.flatten(1)
-        if rows.dtype == tokens.dtype and not torch.is_autocast_enabled(rows.device.type):
-            return tokens.addmm_(rows, weight.T)
-        return tokens.add_(F.linear(rows, weight.to(rows.dtype)))
+        return ops.patch_embed(rows, proj.weight.flatten(1), torch.cat(added), torch.cat(index))
 
     def blocks_forward(self, x: Tensor, blocks: slice, subsets: Sequence[Subset]) -> Tensor:
         """Run some of the blocks on x [rows, D]; subsets: one per branch (attention, MLP, attention, …)."""

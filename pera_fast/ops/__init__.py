@@ -6,6 +6,7 @@ from pera_fast.ops.crop_patches import CropTable, SourceImages, crop_patches, pa
 from pera_fast.ops.disjoint_masks import disjoint_masks
 from pera_fast.ops.distill_loss import distill_loss, koleo, mean_prototype_logit
 from pera_fast.ops.packed_attention import packed_attention
+from pera_fast.ops.patch_embed import patch_embed
 from pera_fast.ops.residual_norm import residual_add, residual_norm
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "mean_prototype_logit",
     "pack_images",
     "packed_attention",
+    "patch_embed",
     "residual_add",
     "residual_norm",
 ]

@@ -148,3 +148,44 @@ def bench_batch_memory(benchmark, precision: str) -> None:
         peer="Pillow crops of both views, argsort masks", ours=ours, theirs=theirs, pairs=1, dtype=precision,
         shape="64 images 512 px, 2x448 + 8x96 pairs, float",
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+@pytest.mark.parametrize("exact", [True, False])
+def bench_crop_patches_on_gpu(benchmark, exact: bool) -> None:
+    """A batch of 64 on the GPU, against torchvision there; bytes are those that must be read and written."""
+    pytest.importorskip("torchvision")
+    from baselines import tensor_augment
+
+    device = torch.device("cuda")
+    config = engine(exact, "bf16").config
+    on_gpu = Engine(config, statistics(), World(0, 1, device))
+    decoded = batch(config, images=64)
+    moved = decoded.to(device)
+    mean, std = MEAN.to(device), STD.to(device)
+    sizes = (config.crops.global_px, config.crops.local_px)
+
+    def ours() -> Patches:
+        return on_gpu.patches(0, 0, moved)
+
+    def theirs() -> list[list[Tensor]]:
+        images = moved.images.views()
+        return [
+            tensor_augment.crop_pairs(images, table, px, mean, std)
+            for table, px in zip(decoded.tables, sizes, strict=True)
+        ]
+
+    def same(patches: Patches, views: list[list[Tensor]]) -> None:
+        got = without_cls_rows(patches.teacher_rows.float(), [tuple(m.teacher.shape) for m in patches.groups])
+        assert (got - rows_of(views, patches)[2]).abs().mean() * 255 * STD.min() < 1.5
+
+    rows = ours()
+    written = sum(
+        x.numel() * x.element_size() for x in (rows.student_rows, rows.target_pixels, rows.teacher_rows)
+    )
+    compare(
+        benchmark, op="crop_patches", backend=_dispatch.resolve("crop_patches", "cuda").backend,
+        peer="torchvision v2 on the GPU", ours=ours, theirs=theirs, same=same, device="cuda", dtype="bfloat16",
+        shape=f"64 images 512 px, 2x448 + 8x96 pairs, {'exact' if exact else 'float'}", pairs=5,
+        bytes=written + decoded.buffer.numel(), images=64,
+    )  # fmt: skip

@@ -1,41 +1,93 @@
-"""distill_loss forward and backward against materialised logits with weight norm per call."""
+"""distill_loss and koleo forward and backward against materialised logits with weight norm per call."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import all_close, compare
+from torch import Tensor
 
 from pera_fast import ops
 from pera_fast.ops import _dispatch
 
+PROTOTYPES, DIM, CROPS = 131072, 384, 10
 
-@pytest.mark.parametrize("prototypes", [16384])
-def bench_distill_loss(benchmark, prototypes: int) -> None:
+
+def inputs(rows: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """z, v, g of student and teacher, and the centre."""
     torch.manual_seed(0)
-    images, crops, dim = 8, 10, 384
-    z = [F.normalize(torch.randn(images * crops, dim), dim=-1) for _ in range(2)]
-    v = [torch.randn(prototypes, dim) for _ in range(2)]
-    g = [torch.ones(prototypes, 1) for _ in range(2)]
-    centre = torch.zeros(prototypes)
-    leaves = [z[0].requires_grad_(), v[0].requires_grad_(), g[0].requires_grad_()]
+    z = [F.normalize(torch.randn(rows, DIM), dim=-1) for _ in range(2)]
+    v = [torch.randn(PROTOTYPES, DIM) for _ in range(2)]
+    g = [torch.ones(PROTOTYPES, 1) for _ in range(2)]
+    for x in (z[0], v[0], g[0]):
+        x.requires_grad_()
+    return z, v, g, torch.zeros(PROTOTYPES)
 
-    def ours() -> list[torch.Tensor]:
-        losses = ops.distill_loss(z[0], z[1], (v[0], g[0]), (v[1], g[1]), centre, 0.1, 0.04, [images] * crops)
+
+def logits(z: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return F.linear(z, g * v / v.norm(2, dim=1, keepdim=True).expand_as(v))
+
+
+def materialised(z: list[Tensor], v: list[Tensor], g: list[Tensor], centre: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = F.softmax((logits(z[1], v[1], g[1]).float() - centre) / 0.04, dim=-1)
+    per_row = -(target * F.log_softmax(logits(z[0], v[0], g[0]).float() / 0.1, dim=-1)).sum(-1)
+    return torch.stack([part.mean() for part in per_row.chunk(CROPS)])
+
+
+def flops(rows: int) -> int:
+    """Of the products that any exact method needs: two logits, two gradients."""
+    return 4 * 2 * rows * DIM * PROTOTYPES
+
+
+@pytest.mark.parametrize("images", [8, 16])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("peer", ["materialised logits", "materialised logits, torch.compile"])
+def bench_distill_loss(benchmark, images: int, precision: str, peer: str) -> None:
+    z, v, g, centre = inputs(images * CROPS)
+    leaves = [z[0], v[0], g[0]]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    function = torch.compile(materialised) if peer.endswith("compile") else materialised
+
+    def ours() -> list[Tensor]:
+        with autocast:
+            losses = ops.distill_loss(
+                z[0], z[1], (v[0], g[0]), (v[1], g[1]), centre, 0.1, 0.04, [images] * CROPS
+            )
         return [losses, *torch.autograd.grad(losses.mean(), leaves)]
 
-    def theirs() -> list[torch.Tensor]:
-        def logits(side: int) -> torch.Tensor:
-            weight = g[side] * v[side] / v[side].norm(2, dim=1, keepdim=True).expand_as(v[side])
-            return F.linear(z[side], weight)
-
-        with torch.no_grad():
-            target = F.softmax((logits(1) - centre) / 0.04, dim=-1)
-        per_row = -(target * F.log_softmax(logits(0) / 0.1, dim=-1)).sum(-1)
-        losses = torch.stack([part.mean() for part in per_row.chunk(crops)])
+    def theirs() -> list[Tensor]:
+        with autocast:
+            losses = function(z, v, g, centre)
         return [losses, *torch.autograd.grad(losses.mean(), leaves)]
 
     compare(
-        benchmark, op="distill_loss", backend=_dispatch.resolve("distill_loss", "cpu").backend,
-        peer="materialised logits", ours=ours, theirs=theirs, same=all_close(1e-4), pairs=5,
-        shape=f"8 images x 10 crops, {prototypes} prototypes, fwd+bwd",
+        benchmark, op="distill_loss", backend=_dispatch.resolve("distill_loss", "cpu").backend, peer=peer,
+        ours=ours, theirs=theirs, same=all_close(1e-4 if precision == "float32" else 2e-2), pairs=3,
+        dtype=precision, flops=flops(images * CROPS),
+        shape=f"{images} images x {CROPS} crops, {PROTOTYPES} prototypes, fwd+bwd",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [8])
+def bench_koleo(benchmark, images: int) -> None:
+    z, v, g, _ = inputs(2 * images)
+    leaves = [z[0], v[0], g[0]]
+
+    def ours() -> list[Tensor]:
+        losses, _ = ops.koleo(z[0].unflatten(0, (2, images)), v[0], g[0])
+        return [losses, *torch.autograd.grad(losses.sum(), leaves)]
+
+    def theirs() -> list[Tensor]:
+        losses = []
+        for rows in F.normalize(logits(z[0], v[0], g[0]), dim=-1).chunk(2):
+            nearest = (rows.detach() @ rows.detach().T).fill_diagonal_(-2).argmax(1)
+            losses.append(-torch.log((rows - rows[nearest]).norm(dim=1) + 1e-8).mean())
+        return [torch.stack(losses), *torch.autograd.grad(sum(losses), leaves)]
+
+    compare(
+        benchmark, op="koleo", backend=_dispatch.resolve("koleo", "cpu").backend, peer="materialised logits",
+        ours=ours, theirs=theirs, same=all_close(1e-4), pairs=3,
+        shape=f"2 crops of {images} images, {PROTOTYPES} prototypes, fwd+bwd",
     )  # fmt: skip

@@ -1,6 +1,8 @@
 // Functions that the CPU and the CUDA kernels share.
 #pragma once
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define PERA_FAST_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -25,6 +27,32 @@ PERA_FAST_HOST_DEVICE double multiply(double a, double b) {
 #else
   return a * b;
 #endif
+}
+
+PERA_FAST_HOST_DEVICE uint32_t bits_of(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+PERA_FAST_HOST_DEVICE float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// To the nearest, ties to even. x is finite.
+PERA_FAST_HOST_DEVICE uint16_t bfloat16_of(float x) {
+  const uint32_t bits = bits_of(x);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 }  // namespace pera_fast

@@ -11,4 +11,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
       "Tensor student_patches, Tensor target_patches, Tensor teacher_patches, Tensor mean, Tensor std, "
       "int crop_px, int patch_px, bool exact, Tensor(a!) student_rows, Tensor(b!) target_pixels, "
       "Tensor(c!) teacher_rows) -> ()");
+  m.def(
+      "distill_sums(Tensor teacher, Tensor student, Tensor scale_teacher, Tensor scale_student, Tensor centre, "
+      "float inverse_tau_teacher, float inverse_tau_student, Tensor(a!) state) -> ()");
+  m.def(
+      "distill_gradient(Tensor teacher, Tensor student, Tensor scale_teacher, Tensor scale_student, "
+      "Tensor centre, float inverse_tau_teacher, float inverse_tau_student, Tensor log_sum_x, Tensor log_sum_y, "
+      "Tensor weight, Tensor(a!) gradient, Tensor(b!) dot) -> ()");
 }

@@ -336,18 +336,20 @@ def distill_loss(
 
 
 def koleo(z: Tensor, v: Tensor, g: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
-    """-mean log(‖x_i - x_nn(i)‖ + eps) on the L2-normalised prototype logits x. z [n, d] -> (loss [], nn [n]).
+    """-mean log(‖x_i - x_nn(i)‖ + eps) of each crop on the L2-normalised prototype logits x.
 
-    Kozachenko-Leonenko entropy estimate, Sablayrolles et al. 2018. Fewer than two rows have no neighbour:
-    the loss is 0 and nn is all 0.
+    z [crops, n, d] -> (losses [crops], nn [crops, n]). Kozachenko-Leonenko entropy estimate, Sablayrolles et
+    al. 2018. Fewer than two rows have no neighbour: the loss is 0 and nn is all 0.
     """
-    if len(z) < 2:
-        return z.sum() * 0, torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    x = F.normalize(prototype_logits(z, v, g), dim=-1, eps=eps)
+    if z.shape[1] < 2:
+        return z.sum((1, 2)) * 0, torch.zeros(z.shape[:2], dtype=torch.int64, device=z.device)
+    x = F.normalize(prototype_logits(z.flatten(0, 1), v, g), dim=-1, eps=eps).unflatten(0, z.shape[:2])
     with torch.no_grad():
-        similarity = x @ x.T
-        neighbour = similarity.fill_diagonal_(-2).argmax(dim=1)
-    return -torch.log((x - x[neighbour]).norm(dim=1) + eps).mean(), neighbour
+        similarity = x @ x.mT
+        similarity.diagonal(dim1=1, dim2=2).fill_(-2)
+        neighbour = similarity.argmax(dim=2)
+    nearest = torch.stack([rows[chosen] for rows, chosen in zip(x, neighbour, strict=True)])
+    return -torch.log((x - nearest).norm(dim=2) + eps).mean(1), neighbour
 
 
 # --- adamw_ema ------------------------------------------------------------------------------------------

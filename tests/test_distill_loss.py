@@ -1,13 +1,23 @@
 """distill_loss and koleo: against the formulas written out, and against float64."""
 
+from __future__ import annotations
+
+import functools
+import logging
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import three_way
 
 from pera_fast import ops, reference
+from pera_fast.ops import _library
+
+module = sys.modules["pera_fast.ops.distill_loss"]  # the function of that name hides it
+needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
 
 
 def problem(rows: int, prototypes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
@@ -43,13 +53,158 @@ def test_against_the_formula_row_by_row(groups: list[int], prototypes: int) -> N
     torch.testing.assert_close(got, torch.stack(want))
 
 
-def test_float32_is_near_float64_and_ignores_autocast() -> None:
+def materialised(
+    z: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, p: dict[str, Any], groups: list[int]
+) -> torch.Tensor:
+    """The usual way: weight norm, all logits, softmax in float32 or better."""
+
+    def logits(z: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        values = F.linear(z.to(v.dtype), v * (g / v.norm(dim=1, keepdim=True)))
+        return values if values.dtype == torch.float64 else values.float()
+
+    with torch.no_grad():
+        teacher = logits(p["z_teacher"].to(v.dtype), *(x.to(v.dtype) for x in p["prototypes_teacher"]))
+        target = F.softmax((teacher - p["centre"].to(teacher.dtype)) / p["tau_teacher"], dim=-1)
+    per_row = -(target * F.log_softmax(logits(z, v, g) / p["tau_student"], dim=-1)).sum(-1)
+    return torch.stack([part.mean() for part in per_row.split(groups)])
+
+
+@needs_cpp
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "prototypes"),
+    [(1, 1), (7, 1), (1, 513), (7, 513), (80, 513), (80, 4096), (640, 4096), (7, 131072), (80, 131072),
+     (640, 131072)],
+)  # fmt: skip
+def test_error_against_float64_is_no_larger_than_eager_pytorch(
+    rows: int, prototypes: int, in_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", "distill_loss=cpp")
+    p = problem(rows, prototypes, torch.float32)
+    groups = [rows] if rows < 3 else [rows // 3, rows // 3, rows - 2 * (rows // 3)]
+    slack = 2e-2 if in_bfloat16 else 2e-6
+
+    def ours(z: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            return ops.distill_loss(**{**p, "z_student": z, "prototypes_student": (v, g)}, groups=groups)
+
+    def eager(z: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            return materialised(z, v, g, p=p, groups=groups)
+
+    three_way(ours, eager, p["z_student"], *p["prototypes_student"], slack=slack)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("tau_teacher", "g"), [(0.02, 10.0), (0.02, 1.0), (0.005, 30.0)])
+@pytest.mark.parametrize("centre", [0.0, 40.0])
+def test_extreme_logits(tau_teacher: float, g: float, centre: float) -> None:
+    """Far beyond what exp() of a fixed shift could hold."""
+    p = problem(5, 3000, torch.float32)
+    v_student, g_student = p["prototypes_student"]
+    p["prototypes_teacher"] = (p["prototypes_teacher"][0], torch.full((3000, 1), g))
+    p["tau_teacher"], p["centre"] = tau_teacher, centre * torch.linspace(-1, 1, 3000)
+    rounding = 2**-23 * (g / min(tau_teacher, 0.1) + centre / tau_teacher)  # of one logit: relative in exp()
+    three_way(
+        lambda z, v, g: ops.distill_loss(**{**p, "z_student": z, "prototypes_student": (v, g)}, groups=[5]),
+        functools.partial(materialised, p=p, groups=[5]),
+        p["z_student"], v_student, g_student * g, slack=2e-6 + rounding,
+    )  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("kept_bytes", [0, 3 * 256 * 9 * 8, 2**30])
+def test_chunks_change_nothing_but_the_memory(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks with a last short one, and none, some or all of the logits kept."""
+    p = problem(9, 2000, torch.float32)
+    leaves = [p["z_student"], *p["prototypes_student"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run() -> list[torch.Tensor]:
+        loss = ops.distill_loss(**p, groups=[4, 5])
+        return [loss, *torch.autograd.grad(loss @ torch.tensor([0.3, 2.0]), leaves)]
+
+    whole = run()
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(module._KEPT_BYTES, "cpu", kept_bytes)
+    chunks = module._Chunks(9, 2000, torch.float32, "cpu")
+    assert chunks.size == 256 and len(list(chunks)) == 8
+    assert chunks.kept == {0: 0, 2**30: 2000}.get(kept_bytes, 768)
+    for got, again, want in zip(run(), run(), whole, strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@needs_cpp
+def test_same_bits_for_any_number_of_threads() -> None:
+    p = problem(30, 5000, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.distill_loss(**p, groups=[30]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@needs_cpp
+@pytest.mark.parametrize("rows", [16, 80, 640, 2560])
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_extra_memory_is_bounded(rows: int, in_bfloat16: bool) -> None:
+    """Beyond inputs and parameter gradients, at any number of rows; 131072 logits of 2560 rows are 1.3 GB."""
+    prototypes, dim = 131072, 384
+    z = F.normalize(torch.randn(rows, dim), dim=1).requires_grad_()
+    v, g = torch.randn(prototypes, dim, requires_grad=True), torch.ones(prototypes, 1, requires_grad=True)
+    centre = torch.zeros(prototypes)
+
+    def step() -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = ops.distill_loss(
+                z, z.detach(), (v, g), (v.detach(), g.detach()), centre, 0.1, 0.04, [rows]
+            )
+        return torch.autograd.grad(loss.sum(), [z, v, g])
+
+    gradients = 4 * (z.numel() + v.numel() + g.numel())
+    assert peak_bytes(step) - gradients <= 64 * 2**20
+
+
+def peak_bytes(function: Any) -> int:
+    """Most bytes that torch had allocated at once during a call, beyond those before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = function()
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+@needs_cpp
+def test_opcheck_of_the_chunk_ops() -> None:
+    raw, gradient = torch.randn(2, 300, 5), torch.empty(300, 5)
+    scales = torch.rand(2, 300) + 0.5
+    state = torch.zeros(5, 5)
+    state[[0, 3]] = -torch.inf
+    arguments = (*raw, *scales, torch.zeros(300), 25.0, 10.0)
+    torch.library.opcheck(torch.ops.pera_fast.distill_sums.default, (*arguments, state))
+    more = (torch.zeros(5), torch.zeros(5), torch.ones(5), gradient, torch.empty(300))
+    torch.library.opcheck(torch.ops.pera_fast.distill_gradient.default, (*arguments, *more))
+
+
+def test_float32_is_near_float64_and_bfloat16_sums_in_float32() -> None:
     exact, single = problem(6, 300), problem(6, 300, torch.float32)
     want = ops.distill_loss(**exact, groups=[3, 3])
+    torch.testing.assert_close(ops.distill_loss(**single, groups=[3, 3]).double(), want, rtol=1e-5, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
         got = ops.distill_loss(**single, groups=[3, 3])
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=0)
 
 
 def test_gradients_reach_the_student_only() -> None:
@@ -82,24 +237,56 @@ def test_large_logits_stay_finite() -> None:
 
 def test_koleo_against_a_search_over_pairs() -> None:
     random = torch.Generator().manual_seed(1)
-    z = F.normalize(torch.randn(6, 5, generator=random, dtype=torch.float64), dim=-1)
+    z = F.normalize(torch.randn(2, 6, 5, generator=random, dtype=torch.float64), dim=-1)
     v, g = torch.randn(30, 5, generator=random).double(), torch.ones(30, 1).double()
-    x = F.normalize(reference.prototype_logits(z, v, g), dim=-1)
-    nearest = [min((float((x[i] - x[j]).norm()), j) for j in range(6) if j != i) for i in range(6)]
-    loss, neighbours = ops.koleo(z, v, g)
-    assert neighbours.tolist() == [j for _, j in nearest]
-    assert float(loss) == pytest.approx(-sum(math.log(d + 1e-8) for d, _ in nearest) / 6, rel=1e-9)
+    losses, neighbours = ops.koleo(z, v, g)
+    for rows, loss, found in zip(z, losses, neighbours, strict=True):
+        x = F.normalize(reference.prototype_logits(rows, v, g), dim=-1)
+        nearest = [min((float((x[i] - x[j]).norm()), j) for j in range(6) if j != i) for i in range(6)]
+        assert found.tolist() == [j for _, j in nearest]
+        assert float(loss) == pytest.approx(-sum(math.log(d + 1e-8) for d, _ in nearest) / 6, rel=1e-9)
 
 
-def test_koleo_of_one_row_and_of_equal_rows() -> None:
-    z = torch.ones(1, 4, requires_grad=True)
-    loss, _ = ops.koleo(z, torch.randn(9, 4), torch.ones(9, 1))
-    loss.backward()
-    assert loss.item() == 0 and z.grad is not None and z.grad.abs().sum() == 0
-    twins = torch.ones(3, 4, requires_grad=True)
-    loss, _ = ops.koleo(twins, torch.randn(9, 4), torch.ones(9, 1))
-    loss.backward()
-    assert torch.isfinite(loss) and twins.grad is not None and torch.isfinite(twins.grad).all()
+@pytest.mark.parametrize("spread", [1.0, 0.03, 0.001])  # rows as far apart as any, to almost equal
+@pytest.mark.parametrize(
+    ("crops", "rows", "prototypes", "dim"), [(2, 8, 4096, 384), (1, 2, 513, 32), (3, 40, 700, 48)]
+)
+def test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(
+    crops: int, rows: int, prototypes: int, dim: int, spread: float
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(dim, generator=random) + spread * torch.randn(crops, rows, dim, generator=random)
+    v, g = torch.randn(prototypes, dim, generator=random), 1 + torch.rand(prototypes, 1, generator=random)
+    three_way(
+        lambda z, v, g: ops.koleo(z, v, g)[0],
+        lambda z, v, g: reference.koleo(z, v, g)[0],
+        F.normalize(z, dim=-1), v, g, slack=2e-6 / spread,
+    )  # fmt: skip
+
+
+def test_koleo_gradients_of_the_reference() -> None:
+    z, v = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (F.normalize(z, dim=-1), v, 1 + torch.rand(20, 1).double())]
+    assert torch.autograd.gradcheck(lambda *x: reference.koleo(*x)[0], leaves)
+
+
+def test_koleo_of_one_row_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    module._warn_of_one_row.cache_clear()
+    z = torch.ones(2, 1, 4, requires_grad=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            losses, _ = ops.koleo(z, torch.randn(9, 4), torch.ones(9, 1))
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0] and z.grad is not None and z.grad.abs().sum() == 0
+    assert caplog.text.count("KoLeo is 0") == 1
+
+
+def test_koleo_of_equal_rows_is_finite() -> None:
+    leaves = [x.requires_grad_() for x in (torch.ones(2, 3, 4), torch.randn(9, 4), torch.ones(9, 1))]
+    losses, _ = ops.koleo(*leaves)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
 def test_mean_logit_is_linear() -> None:
@@ -120,6 +307,10 @@ def test_mean_logit_is_linear() -> None:
         ({"groups": [4, 0]}, "groups: expected at least one row per crop"),
         ({"prototypes_teacher": (torch.zeros(21, 8), torch.ones(21, 1))}, "prototypes_teacher: expected 20"),
         (
+            {"prototypes_student": (torch.zeros(0, 8), torch.ones(0, 1))},
+            "prototypes_student: expected at least one prototype",
+        ),
+        (
             {"prototypes_student": (torch.zeros(20, 8), torch.ones(20))},
             r"prototypes_student: expected g .* got \[20\]",
         ),
@@ -128,3 +319,16 @@ def test_mean_logit_is_linear() -> None:
 def test_bad_input(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ops.distill_loss(**{**problem(4, 20, torch.float32), "groups": [2, 2], **change})
+
+
+@pytest.mark.parametrize(
+    ("z", "sentence"),
+    [
+        (torch.zeros(3, 8), r"z: expected shape \[crops, n, d\] with at least one row, got \[3, 8\]"),
+        (torch.zeros(2, 0, 8), r"z: .* got \[2, 0, 8\]"),
+        (torch.zeros(2, 3, 7), r"v, g: expected v of shape \[K, 7\], got \[20, 8\]"),
+    ],
+)
+def test_bad_input_of_koleo(z: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ops.koleo(z, torch.zeros(20, 8), torch.ones(20, 1))

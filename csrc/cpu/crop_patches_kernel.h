@@ -1,6 +1,4 @@
-// The CPU kernel of crop_patches, one crop pair at a time. crop_patches.cpp includes this file once per
-// instruction set, each time in another namespace: the loops are plain C++ that the compiler vectorises for
-// that set. So nothing here may come from the standard library, whose functions the linker would share.
+// The CPU kernel of crop_patches, one crop pair at a time. Compiled once per instruction set (for_each_isa.h).
 //
 // A crop's source rows pass in strips through
 //   tile      [width, kStrip]   transposed, as levels: pixels of one column lie together,

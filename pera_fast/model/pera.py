@@ -141,12 +141,10 @@ class PerA(nn.Module):
         )  # fmt: skip
 
         z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
-        spread = [ops.koleo(z, v, g) for z in (z_global if whole_batch is None else whole_batch(z_global))]
-        koleo = torch.stack([loss for loss, _ in spread])
+        koleo, neighbours = ops.koleo(z_global if whole_batch is None else whole_batch(z_global), v, g)
         error = predicted.to(distill.dtype) - patches.target_pixels.flatten(0, 1)
         pixel = error.square().sum(-1).mean()
         total = distill.mean() + optim.koleo_weight * koleo.sum() + optim.pixel_weight * pixel
-        neighbours = torch.stack([nn for _, nn in spread])
         return Losses(
             total, distill.detach(), koleo.detach().mean(), pixel.detach(), z_teacher.sum(0), neighbours
         )

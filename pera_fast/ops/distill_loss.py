@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pera_fast import reference
-from pera_fast.ops import _dispatch
+from pera_fast.ops import _dispatch, _library
+
+_log = logging.getLogger("pera_fast")
+# Raw logits of a chunk of prototypes fill about this much, to stay in cache on a CPU and to be many enough
+# for a GPU; both networks' are there at once, and the gradient.
+_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+# Logits that fit into this are kept for the backward pass; those of the other chunks are made again.
+_KEPT_BYTES = {"cpu": 32 * 2**20, "cuda": 64 * 2**20}
 
 
 def _check_prototypes(name: str, prototypes: tuple[Tensor, Tensor], z: Tensor) -> None:
     v, g = prototypes
     if v.dim() != 2 or v.shape[1] != z.shape[1]:
         raise ValueError(f"{name}: expected v of shape [K, {z.shape[1]}], got {list(v.shape)}")
+    if len(v) == 0:
+        raise ValueError(f"{name}: expected at least one prototype, got v of shape {list(v.shape)}")
     if list(g.shape) != [len(v), 1]:
         raise ValueError(f"{name}: expected g of shape [{len(v)}, 1], got {list(g.shape)}")
 
@@ -36,11 +49,16 @@ def distill_loss(
     s = z_student · (g v/‖v‖)ᵀ with the student's (v, g) and t likewise with the teacher's. The teacher's
     side has no gradient. Source: DINO (arXiv 2104.14294), PerA (arXiv 2505.19447).
 
-    z_student, z_teacher: float [n, d], L2-normalised rows, crop-major. prototypes: v [K, d], g [K, 1].
+    The logits are made chunk by chunk of the prototypes and never all at once, forward and backward: the
+    extra memory is bounded whatever the number of rows. Nothing is approximated; equal calls on one device
+    give equal bits. Under autocast to bfloat16 the products are taken in bfloat16, all sums in float32.
+
+    z_student, z_teacher: float [n, d], crop-major. prototypes: v [K, d], g [K, 1].
     centre: float [K]. groups: rows of each crop, adding up to n.
 
-    Returns float [len(groups)]: the mean over each crop's rows, computed in float32 or better, whatever
-    autocast says. Raises ValueError naming the argument when a shape or temperature does not fit.
+    Returns float [len(groups)]: the mean over each crop's rows, in float32 or better. Gradients to
+    z_student, and to the student's v and g. Raises ValueError naming the argument when a shape or
+    temperature does not fit.
     """
     if z_student.dim() != 2 or z_student.shape != z_teacher.shape:
         raise ValueError(
@@ -64,24 +82,46 @@ def distill_loss(
         raise ValueError(
             f"groups: expected at least one row per crop, {len(z_student)} in all, got {list(groups)}"
         )
-    function = _dispatch.resolve("distill_loss", z_student.device.type).function
-    with torch.autocast(z_student.device.type, enabled=False):
-        return function(
-            _at_least_float32(z_student), _at_least_float32(z_teacher), prototypes_student, prototypes_teacher,
-            centre, tau_student, tau_teacher, groups,
-        )  # fmt: skip
+    device = z_student.device.type
+    function = _dispatch.resolve("distill_loss", device).function
+    tensors = (z_student, z_teacher, *prototypes_student, *prototypes_teacher, centre)
+    if any(x.dtype == torch.float64 for x in tensors):
+        function = reference.distill_loss  # the kernels work in float32
+    in_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    with torch.autocast(device, enabled=False):
+        if function is reference.distill_loss:
+            return function(
+                _at_least_float32(z_student), _at_least_float32(z_teacher), prototypes_student,
+                prototypes_teacher, centre, tau_student, tau_teacher, groups,
+            )  # fmt: skip
+        per_row = function(*(x.float() for x in tensors), tau_student, tau_teacher, in_bfloat16)
+        return torch.stack([part.mean() for part in per_row.split(list(groups))])
 
 
 def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """KoLeo over one crop's batch: -mean_i log(‖x_i - x_nn(i)‖ + 1e-8), x the L2-normalised prototype logits.
+    """KoLeo of each crop's batch: -mean_i log(‖x_i - x_nn(i)‖ + 1e-8), x the L2-normalised prototype logits.
 
-    z: float [n, d]. v: float [K, d]. g: float [K, 1].
+    x_nn(i) is the row of the same crop that is nearest to x_i. Distances are taken through the prototypes'
+    Gram matrix WᵀW, so that no logits are held; W = g v/‖v‖. Rows that are equal add a constant. Source:
+    Sablayrolles et al. 2018 (arXiv 1806.03198).
 
-    Returns (loss [], nearest neighbour of each row int64 [n]); below two rows the loss is 0.
+    z: float [crops, n, d]. v: float [K, d]. g: float [K, 1].
+
+    Returns (losses [crops] in float32 or better, nearest neighbour of each row int64 [crops, n]); below two
+    rows the losses are 0, and a warning says so once. Raises ValueError when the shapes do not fit.
     """
-    _check_prototypes("v, g", (v, g), z)
+    if z.dim() != 3 or z.shape[0] < 1 or z.shape[1] < 1:
+        raise ValueError(f"z: expected shape [crops, n, d] with at least one row, got {list(z.shape)}")
+    _check_prototypes("v, g", (v, g), z[0])
+    if z.shape[1] < 2:
+        _warn_of_one_row()
     with torch.autocast(z.device.type, enabled=False):
         return _dispatch.resolve("koleo", z.device.type).function(_at_least_float32(z), v, g)
+
+
+@functools.cache
+def _warn_of_one_row() -> None:
+    _log.warning("KoLeo is 0: a batch of one image has no neighbours")
 
 
 def mean_prototype_logit(z_mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -97,5 +137,198 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+# --- chunks ---
+
+
+@dataclass
+class _Chunks:
+    """The prototypes in chunks, and their products with rows of z."""
+
+    rows: int
+    prototypes: int
+    dtype: torch.dtype  # of operands and raw logits
+    device: str
+
+    @property
+    def size(self) -> int:
+        """Prototypes per chunk: a power of two from 256 to 4096 (CPU) or 16384 (GPU)."""
+        fitting = _CHUNK_BYTES[self.device] // (self.rows * self.dtype.itemsize)
+        most = 4096 if self.device == "cpu" else 16384
+        return 2 ** int(math.log2(min(max(fitting, 256), most)))
+
+    @property
+    def kept(self) -> int:
+        """How many of the first prototypes' logits are kept, in whole chunks."""
+        fitting = _KEPT_BYTES[self.device] // (2 * self.rows * self.dtype.itemsize)
+        return self.prototypes if fitting >= self.prototypes else fitting // self.size * self.size
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, self.prototypes, self.size):
+            yield slice(start, min(start + self.size, self.prototypes))
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · bᵀ, [m, f] and [n, f] -> [m, n]; m is the long side."""
+        if self.device == "cpu" and self.dtype == torch.float32:
+            # As a convolution of one pixel, by oneDNN: see pera_fast.ops.patch_embed.
+            pixels = a.view(1, len(a), 1, -1).permute(0, 3, 1, 2)
+            kernel = b[:, :, None, None].contiguous(memory_format=torch.channels_last)
+            return F.conv2d(pixels, kernel).permute(0, 2, 3, 1).reshape(len(a), len(b))
+        return a @ b.T
+
+
+def _forward(
+    z_student: Tensor, z_teacher: Tensor, v_student: Tensor, g_student: Tensor, v_teacher: Tensor,
+    g_teacher: Tensor, centre: Tensor, tau_student: float, tau_teacher: float, in_bfloat16: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[loss [n], log Σ exp x [n], log Σ exp y [n], scale_student [K], scale_teacher [K], ‖v_student‖ [K],
+    kept teacher logits, kept student logits]; x and y as in csrc/distill_loss.h."""
+    rows, prototypes = len(z_student), len(v_student)
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    chunks = _Chunks(rows, prototypes, dtype, z_student.device.type)
+    z_s, z_t = z_student.to(dtype), z_teacher.to(dtype)
+    state = z_student.new_zeros(5, rows)
+    state[[0, 3]] = -torch.inf
+    norm_student, scale_student, scale_teacher = (z_student.new_empty(prototypes) for _ in range(3))
+    kept = [z_s.new_empty(chunks.kept, rows) for _ in range(2)]
+    for chunk in chunks:
+        raw = []
+        for z, v, g, scale, keep in (
+            (z_t, v_teacher, g_teacher, scale_teacher, kept[0]),
+            (z_s, v_student, g_student, scale_student, kept[1]),
+        ):
+            norm = torch.linalg.vector_norm(v[chunk], dim=1)
+            if v is v_student:
+                norm_student[chunk] = norm
+            torch.div(g[chunk, 0], norm, out=scale[chunk])
+            raw.append(chunks.product(v[chunk].to(dtype), z))
+            if chunk.stop <= len(keep):
+                keep[chunk] = raw[-1]
+        torch.ops.pera_fast.distill_sums(
+            *raw, scale_teacher[chunk], scale_student[chunk], centre[chunk], 1 / tau_teacher, 1 / tau_student,
+            state,
+        )  # fmt: skip
+    max_x, sum_x, sum_xy, max_y, sum_y = state
+    log_x, log_y = max_x + sum_x.log(), max_y + sum_y.log()
+    return [log_y - sum_xy / sum_x, log_x, log_y, scale_student, scale_teacher, norm_student, *kept]
+
+
+def _backward(
+    gradient: Tensor, z_student: Tensor, z_teacher: Tensor, v_student: Tensor, v_teacher: Tensor,
+    centre: Tensor, tau_student: float, tau_teacher: float, saved: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """[dz [n, d], dv [K, d], dg [K, 1]] of the student, for the gradient [n] of the losses of the rows."""
+    log_x, log_y, scale_student, scale_teacher, norm, *kept = saved
+    dtype = kept[0].dtype
+    chunks = _Chunks(len(z_student), len(v_student), dtype, z_student.device.type)
+    z_s, z_t = z_student.to(dtype), z_teacher.to(dtype)
+    z_columns = z_s.T.contiguous()
+    weight = gradient.float() / tau_student
+    dz, dv = torch.zeros_like(z_student), torch.empty_like(v_student)
+    dot = torch.empty_like(norm)
+    buffer = z_s.new_empty(chunks.size, len(z_student))
+    for chunk in chunks:
+        v = v_student[chunk].to(dtype)
+        if chunk.stop <= len(kept[0]):
+            raw = [keep[chunk] for keep in kept]
+        else:
+            raw = [chunks.product(v_teacher[chunk].to(dtype), z_t), chunks.product(v, z_s)]
+        h = buffer[: chunk.stop - chunk.start]
+        torch.ops.pera_fast.distill_gradient(
+            *raw, scale_teacher[chunk], scale_student[chunk], centre[chunk], 1 / tau_teacher, 1 / tau_student,
+            log_x, log_y, weight, h, dot[chunk],
+        )  # fmt: skip
+        if dtype == torch.float32:
+            dz.addmm_(h.T, v)
+        else:
+            dz += h.T @ v
+        # The weight norm's derivative takes out what is along v.
+        along = dot[chunk] * scale_student[chunk] / norm[chunk].square()
+        torch.addcmul(
+            chunks.product(h, z_columns).float(), v_student[chunk], along[:, None], value=-1, out=dv[chunk]
+        )
+    return [dz, dv, (dot / norm)[:, None]]
+
+
+class _DistillLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z_s, z_t, v_s, g_s, v_t, g_t, centre, tau_s, tau_t, in_bfloat16):  # type: ignore[no-untyped-def]
+        loss, *saved = _forward(z_s, z_t, v_s, g_s, v_t, g_t, centre, tau_s, tau_t, in_bfloat16)
+        ctx.save_for_backward(z_s, z_t, v_s, v_t, centre, *saved)
+        ctx.taus = (tau_s, tau_t)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        z_s, z_t, v_s, v_t, centre, *saved = ctx.saved_tensors
+        tau_s, tau_t = ctx.taus
+        dz, dv, dg = _backward(gradient, z_s, z_t, v_s, v_t, centre, tau_s, tau_t, saved)
+        return dz, None, dv, dg, None, None, None, None, None, None
+
+
+class _GramTimes(torch.autograd.Function):
+    """WᵀW z for rows of z [m, d], W = g v/‖v‖ [K, d], without W as a whole."""
+
+    @staticmethod
+    def forward(ctx, z, v, g):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(z, v, g)
+        product = torch.zeros_like(z)
+        for _, w, chunks in _weights(v, g, len(z)):
+            product.addmm_(chunks.product(w, z).T, w)
+        return product
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        z, v, g = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        both = torch.cat((z, gradient))
+        # dW = W (zᵀ gradient + gradientᵀ z): by the rows' logits while they are fewer than the columns of W.
+        by_rows = len(both) < z.shape[1]
+        swapped = torch.cat((gradient, z)).T.contiguous() if by_rows else both.T @ torch.cat((gradient, z))
+        dz, dv, dg = torch.zeros_like(z), torch.empty_like(v), torch.empty_like(g)
+        for chunk, w, chunks in _weights(v, g, len(both)):
+            logits = chunks.product(w, both)
+            dz.addmm_(logits[:, len(z) :].T, w)
+            dw = chunks.product(logits, swapped) if by_rows else w @ swapped
+            norm = torch.linalg.vector_norm(v[chunk], dim=1, keepdim=True)
+            unit = v[chunk] / norm
+            along = torch.linalg.vecdot(dw, unit)[:, None]
+            dg[chunk] = along
+            torch.mul(dw.addcmul_(along, unit, value=-1), g[chunk] / norm, out=dv[chunk])
+        return dz, dv, dg
+
+
+def _weights(v: Tensor, g: Tensor, rows: int) -> Iterator[tuple[slice, Tensor, _Chunks]]:
+    """The weight-normalised prototypes chunk by chunk."""
+    chunks = _Chunks(rows, len(v), torch.float32, v.device.type)
+    for chunk in chunks:
+        norm = torch.linalg.vector_norm(v[chunk], dim=1, keepdim=True)
+        yield chunk, v[chunk] * (g[chunk] / norm), chunks
+
+
+def _koleo_gram(z: Tensor, v: Tensor, g: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
+    if z.dtype == torch.float64 or z.shape[1] < 2:
+        return reference.koleo(z, v, g, eps)
+    y = _GramTimes.apply(z.flatten(0, 1), v.float(), g.float()).view_as(z)
+    # In the metric of the logits: the norm of z_i is √(z_i · y_i), the similarity z_i · y_j.
+    norm = torch.linalg.vecdot(z, y).clamp(min=1e-30).sqrt()[..., None]
+    with torch.no_grad():
+        similarity = (z / norm) @ (y / norm).mT
+        similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        neighbour = similarity.argmax(2)
+    chosen = neighbour[..., None].expand_as(z)
+    unit, image = z / norm, y / norm
+    # Differences in z, not of similarities: near neighbours would be lost in the rounding of 1 - cos.
+    squared = torch.linalg.vecdot(unit - unit.gather(1, chosen), image - image.gather(1, chosen))
+    apart = squared > 0
+    distance = torch.where(apart, squared, 1.0).sqrt() * apart  # equal rows: distance 0 and no gradient
+    return -torch.log(distance + eps).mean(1), neighbour
+
+
+if _library.why_no_cpp() is None:
+    torch.library.register_fake("pera_fast::distill_sums", lambda *_: None)
+    torch.library.register_fake("pera_fast::distill_gradient", lambda *_: None)
+
+_dispatch.register("distill_loss", "cpp", _DistillLoss.apply, _library.why_no_cpp)
 _dispatch.register("distill_loss", "reference", reference.distill_loss)
+_dispatch.register("koleo", "torch", _koleo_gram)
 _dispatch.register("koleo", "reference", reference.koleo)

@@ -1,0 +1,60 @@
+// Distillation over prototypes, chunk by chunk: the element-wise maths. No torch here.
+//
+// A chunk holds raw logits transposed, [prototypes, rows]: logit of row i for prototype k is
+// raw[k, i] * scale[k] with scale = g / |v|. With x = (teacher - centre) / tau_teacher and
+// y = student / tau_student, a row needs, over all prototypes,
+//   max x, sum exp(x - max x), sum exp(x - max x) * y, max y, sum exp(y - max y)
+// for its cross-entropy and for both softmaxes; chunks add to them one after the other.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace pera_fast {
+
+// Exponential of x <= 0, relative error below 2e-7; below -87 the result is 0 for every purpose here.
+PERA_FAST_HOST_DEVICE float exp_of_negative(float x) {
+  x = x > -87.0f ? x : -87.0f;
+  // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, of which the first times n is exact.
+  const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);
+  const float whole = static_cast<float>(n);
+  const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  // Minimax polynomial of degree 6 (Cephes expf).
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// What a row needs, each [rows].
+struct DistillSums {
+  float *max_x, *sum_x, *sum_xy, *max_y, *sum_y;
+};
+
+// One chunk of prototypes; arrays over prototypes begin at the chunk.
+struct DistillChunk {
+  const void* teacher;  // [prototypes, rows] raw logits, float32 or bfloat16
+  const void* student;  // likewise
+  bool is_bfloat16;
+  int64_t prototypes, rows;
+  const float* scale_teacher;  // [prototypes] g / |v|
+  const float* scale_student;
+  const float* centre;  // [prototypes]
+  float inverse_tau_teacher, inverse_tau_student;
+  // For the gradient: both logarithms of the sums over all prototypes, and each row's weight in the loss.
+  const float* log_sum_x;  // [rows]
+  const float* log_sum_y;
+  const float* weight;
+  void* gradient;  // [prototypes, rows] as the logits
+  float* dot;      // [prototypes]
+};
+
+}  // namespace pera_fast

@@ -8,17 +8,15 @@ EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell echo ,gpu))
 
 .PHONY: train test bench lint gpu clean
 
-# Passive: on few cores the threads of a step would otherwise spin against the process that reads images
-# (demo preset, 2 cores: 0.67 s a step spinning, 0.55 s passive).
 train: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pera_fast.train $(ARGS)
+	$(BIN)/python -m pera_fast.train $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-# One file per machine and day under bench/results/, then the README's tables from it.
+# Threads wait as in training (pera_fast/_cli.py). One file per machine and day under bench/results/, then the README's tables from it.
 bench: $(READY)
-	$(BIN)/python -m pytest bench/ --benchmark-only -q --benchmark-json=.benchmark.json $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench/ --benchmark-only -q --benchmark-json=.benchmark.json $(ARGS)
 	$(BIN)/python bench/results.py save .benchmark.json
 	$(BIN)/python bench/results.py readme
 

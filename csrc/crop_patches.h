@@ -124,6 +124,9 @@ struct FloatLevels {
   using Sum = float;
   static constexpr float kRange = 1.0f;
 
+  // Only rounding between the passes makes their order matter.
+  static PERA_FAST_HOST_DEVICE bool vertical_first(int, int, int) { return false; }
+
   static PERA_FAST_HOST_DEVICE Weight weight(double share) { return static_cast<float>(share); }
   static PERA_FAST_HOST_DEVICE Sum sum_start() { return 0.0f; }
   static PERA_FAST_HOST_DEVICE Stored sum_end(Sum sum) { return sum; }
@@ -181,6 +184,11 @@ struct ExactLevels {
   using Sum = int32_t;
   static constexpr float kRange = 255.0f;
   static constexpr int kBits = 22;  // of a weight: 8 bits of level and 2 spare in an int32
+
+  // Whether Pillow resizes along the vertical axis first.
+  static PERA_FAST_HOST_DEVICE bool vertical_first(int height, int width, int crop_px) {
+    return height > crop_px && height - crop_px > 2 * (width - crop_px);
+  }
 
   static PERA_FAST_HOST_DEVICE Weight weight(double share) {
     return static_cast<int32_t>(0.5 + multiply(share, static_cast<double>(1 << kBits)));

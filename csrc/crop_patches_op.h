@@ -4,26 +4,24 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "crop_patches.h"
 
 namespace pera_fast {
 
+using torch::stable::Tensor;
+
 // The kernel's arguments from the op's tensors. The public function has checked values and shapes in more
 // helpful words; these lines check shapes and dtypes again for direct calls of torch.ops.pera_fast.crop_patches.
 // Values (boxes, indices, offsets) are the caller's responsibility.
 inline CropPatches crop_patches_arguments(
-    const torch::stable::Tensor& buffer, const torch::stable::Tensor& offsets,
-    const torch::stable::Tensor& shapes, const torch::stable::Tensor& dtypes, const torch::stable::Tensor& low,
-    const torch::stable::Tensor& high, const torch::stable::Tensor& image, const torch::stable::Tensor& box,
-    const torch::stable::Tensor& flip, const torch::stable::Tensor& factor, const torch::stable::Tensor& order,
-    const torch::stable::Tensor& grey, const torch::stable::Tensor& student_patches,
-    const torch::stable::Tensor& target_patches, const torch::stable::Tensor& teacher_patches,
-    const torch::stable::Tensor& mean, const torch::stable::Tensor& std, int64_t crop_px, int64_t patch_px,
-    bool exact, torch::stable::Tensor& student_rows, torch::stable::Tensor& target_pixels,
-    torch::stable::Tensor& teacher_rows) {
+    const Tensor& buffer, const Tensor& offsets, const Tensor& shapes, const Tensor& dtypes, const Tensor& low,
+    const Tensor& high, const Tensor& image, const Tensor& box, const Tensor& flip, const Tensor& factor,
+    const Tensor& order, const Tensor& grey, const Tensor& student_patches, const Tensor& target_patches,
+    const Tensor& teacher_patches, const Tensor& mean, const Tensor& std, int64_t crop_px, int64_t patch_px,
+    bool exact, Tensor& student_rows, Tensor& target_pixels, Tensor& teacher_rows) {
   using torch::headeronly::ScalarType;
-  using torch::stable::Tensor;
   const auto check = [&](const Tensor& tensor, const char* name, ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
     bool fits = tensor.scalar_type() == dtype && tensor.is_contiguous() &&

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
+
+# Before torch brings its OpenMP, which reads this once: threads that spin while they wait take the processor
+# from the workers that read images. On two cores with one of them busy, a loss of many short products took
+# fifteen times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def run(main: Callable[[], None]) -> None:

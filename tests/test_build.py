@@ -11,11 +11,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
+from pera_fast import ops
 from pera_fast.ops import _library
+from pera_fast.reference import HUE, PIXEL_DTYPES
 from pera_fast.reference import disjoint_masks as disjoint_masks_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,44 +268,209 @@ def sanitizer_works(compiler: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def masks_on_host(tmp_path_factory):
-    """csrc/cuda/disjoint_masks.cu compiled for the CPU under the address sanitizer, as a function."""
+def on_host(tmp_path_factory):
+    """A function that runs csrc/cuda/<op>.cu, compiled for the CPU under the address sanitizer."""
     compiler = shutil.which("g++")
     if compiler is None or not sanitizer_works(compiler):
         pytest.skip("g++ with its address sanitizer is not installed")
-    program = tmp_path_factory.mktemp("host") / "disjoint_masks"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-         "-Wall", "-Werror", "-x", "c++", str(ROOT / "csrc/testing/disjoint_masks_main.cpp"),
-         str(ROOT / "csrc/cuda/disjoint_masks.cu"), "-o", str(program)],
-        check=True,
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("host")
 
-    def run(
-        order: str, seed: int, step: int, counts: tuple[int, int, int], crops: list[int]
-    ) -> list[list[int]]:
+    @functools.cache
+    def build(op: str) -> Path:
+        subprocess.run(
+            [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+             "-Wall", "-Werror", "-x", "c++", str(ROOT / f"csrc/testing/{op}_main.cpp"),
+             str(ROOT / f"csrc/cuda/{op}.cu"), "-o", str(folder / op)],
+            check=True,
+        )  # fmt: skip
+        return folder / op
+
+    def run(op: str, order: str, *arguments: object, stdin: bytes = b"") -> bytes:
         done = subprocess.run(
-            [str(program), *map(str, (seed, step, *counts, *crops))],
-            capture_output=True, text=True,
+            [str(build(op)), *map(str, arguments)], input=stdin, capture_output=True,
             env={**os.environ, "PERA_FAST_HOST_ORDER": order, "ASAN_OPTIONS": "detect_leaks=0"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return [list(map(int, line.split())) for line in done.stdout.splitlines()]
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
 
     return run
+
+
+def masks_on_host(on_host, order: str, seed: int, step: int, counts: tuple[int, ...], crops: list[int]):
+    text = on_host("disjoint_masks", order, seed, step, *counts, *crops).decode()
+    return [list(map(int, line.split())) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize(
     "counts", [(784, 157, 157), (36, 7, 7), (36, 7, 0), (2, 1, 0), (5, 3, 1), (65, 1, 63), (4096, 819, 819)]
 )
-def test_cuda_kernel_on_the_cpu_equals_reference(order, counts, masks_on_host):
+def test_disjoint_masks_on_the_host_equal_the_reference(order, counts, on_host):
     seed, step, crops = 2**64 - 3, 2**32 - 1, [0, 1, 2**40 + 5]
     expected = torch.cat(disjoint_masks_reference(torch.tensor(crops), seed, step, *counts), dim=1)
-    assert masks_on_host(order, seed, step, counts, crops) == expected.tolist()
+    assert masks_on_host(on_host, order, seed, step, counts, crops) == expected.tolist()
 
 
-def test_cuda_kernel_on_the_cpu_at_its_largest(masks_on_host):
+def test_disjoint_masks_on_the_host_at_their_largest(on_host):
     counts = (8192, 1638, 1638)
     expected = torch.cat(disjoint_masks_reference(torch.tensor([3]), 1, 2, *counts), dim=1)
-    assert masks_on_host("forward", 1, 2, counts, [3]) == expected.tolist()
+    assert masks_on_host(on_host, "forward", 1, 2, counts, [3]) == expected.tolist()
+
+
+ROW_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # as in csrc/crop_patches.h
+
+
+class PatchesCall(NamedTuple):
+    """Arguments of torch.ops.pera_fast.crop_patches, before the outputs."""
+
+    images: ops.SourceImages
+    table: ops.CropTable
+    patches: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    mean: torch.Tensor
+    std: torch.Tensor
+    crop_px: int
+    patch_px: int
+    exact: bool
+
+    def new_rows(self, leading: tuple[int, int, int], types: list[torch.dtype]) -> list[torch.Tensor]:
+        row = len(self.mean) * self.patch_px**2
+        return [
+            torch.full((len(self.table.image), zeros + chosen.shape[1], row), float("nan"), dtype=dtype)
+            for zeros, chosen, dtype in zip(leading, self.patches, types, strict=True)
+        ]
+
+    def on_cpu(self, leading: tuple[int, int, int], types: list[torch.dtype]) -> list[torch.Tensor]:
+        rows = self.new_rows(leading, types)
+        tensors = (*self.images, *self.table, *self.patches, self.mean, self.std)
+        torch.ops.pera_fast.crop_patches(*tensors, self.crop_px, self.patch_px, self.exact, *rows)
+        return rows
+
+    def on_host(
+        self, run, order: str, leading: tuple[int, int, int], types: list[torch.dtype]
+    ) -> list[torch.Tensor]:
+        images = self.images
+        last_bytes = int(images.shapes[-1].prod()) * PIXEL_DTYPES[images.dtypes[-1]].itemsize
+        # Up to the last pixel, so that the sanitizer sees a read past it.
+        images = images._replace(buffer=images.buffer[: int(images.offsets[-1]) + last_bytes])
+        sizes = [
+            *images.low.shape, len(self.table.image), self.crop_px, self.patch_px, self.exact,
+            len(images.buffer),
+        ]  # fmt: skip
+        for zeros, chosen, dtype in zip(leading, self.patches, types, strict=True):
+            sizes += [chosen.shape[1], zeros, ROW_TYPES.index(dtype)]
+        tensors = (torch.tensor(sizes), *images, *self.table, self.mean, self.std, *self.patches)
+        output = run("crop_patches", order, stdin=b"".join(t.numpy().tobytes() for t in tensors))
+        rows = self.new_rows(leading, types)
+        parts = torch.from_numpy(np.frombuffer(output, np.uint8).copy()).split([to.nbytes for to in rows])
+        for to, part in zip(rows, parts, strict=True):
+            to.view(torch.uint8).flatten().copy_(part)
+        return rows
+
+    @staticmethod
+    def draw(
+        seed: int, crop_px: int, patch_px: int, bands: int, exact: bool, sources: list[str],
+        boxes: list[list[int] | None], counts: tuple[int, int, int],
+    ) -> PatchesCall:  # fmt: skip
+        """sources: "dtype height width" each. boxes: of crops of images 0, 1, … in turn; None is the whole."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw_images() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+            drawn, low, high = [], [], []
+            for source in sources:
+                dtype, height, width = source.split()
+                noise = torch.rand(bands, int(height), int(width), generator=generator)
+                pixels, bottom, top = {
+                    "uint8": ((noise * 255.99).to(torch.uint8), 0.0, 255.0),
+                    "uint8s": ((noise * 255.99).to(torch.uint8), 13.0, 190.0),
+                    "uint16": ((noise * 40000).int().to(torch.uint16), 1000.0, 36000.0),
+                    "float32": (noise * 3 - 1, -0.8, 1.9),
+                }[dtype]
+                if dtype == "float32":
+                    pixels[..., 0] = float("nan")
+                drawn.append(pixels)
+                low.append(bottom)
+                high.append(top)
+            spread = torch.rand(len(sources), bands, generator=generator) * 0.01
+            levels = torch.tensor([source.split()[0] == "uint8" for source in sources])[:, None]
+            spread = torch.where(levels, 0.0, spread)
+            return drawn, torch.tensor(low)[:, None] - spread, torch.tensor(high)[:, None] + spread
+
+        images = ops.pack_images(*draw_images())
+        n = len(boxes)
+        image = torch.arange(n) % len(sources)
+        whole = torch.tensor([[0, 0, *images.shapes[i, 1:].tolist()] for i in image])
+        box = torch.stack([whole[i] if b is None else torch.tensor(b) for i, b in enumerate(boxes)])
+        orders = torch.stack([torch.randperm(4, generator=generator) for _ in range(2 * n)]).view(n, 2, 4)
+        kept = torch.randint(0, 6, (n, 2, 1), generator=generator).clamp(max=4)
+        factor = torch.rand(n, 2, 4, generator=generator) * 1.6 + 0.2
+        factor[..., HUE] = torch.rand(n, 2, generator=generator) * 2 - 1
+        table = ops.CropTable(
+            image=image,
+            box=box,
+            flip=torch.rand(n, 2, generator=generator) < 0.5,
+            factor=factor,
+            order=torch.where(torch.arange(4) < kept, orders, -1),
+            grey=torch.rand(n, 2, generator=generator) < 0.15,
+        )
+        num_patches = (crop_px // patch_px) ** 2
+        shuffled = torch.stack([torch.randperm(num_patches, generator=generator) for _ in range(n)])
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        patches = tuple(
+            shuffled[:, end - count : end].sort().values.contiguous()
+            for end, count in zip(ends, counts, strict=True)
+        )
+        return PatchesCall(
+            images, table, patches, torch.rand(bands, generator=generator),
+            torch.rand(bands, generator=generator) + 0.2, crop_px, patch_px, exact,
+        )  # fmt: skip
+
+
+def assert_rows_agree(got: list[torch.Tensor], want: list[torch.Tensor], exact: bool) -> None:
+    for on_host, on_cpu in zip(got, want, strict=True):
+        if exact:
+            assert torch.equal(on_host, on_cpu)
+        else:
+            step = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[on_cpu.dtype]
+            torch.testing.assert_close(on_host.float(), on_cpu.float(), rtol=step, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "crop_px, patch_px, bands, sources, boxes, counts",
+    [
+        # Images of all types and sizes in one buffer.
+        (32, 8, 3, ["uint8 40 53", "uint16 31 64", "float32 70 33", "uint8s 9 9"],
+         [None, None, [3, 1, 60, 32], [2, 1, 6, 5], [10, 20, 25, 33]], (3, 3, 10)),
+        # Boxes so much higher than wide that the vertical pass comes first, and the first one that is not.
+        (32, 16, 3, ["uint8 150 100", "uint16 400 33"],
+         [None, [1, 2, 399, 20], [0, 5, 150, 77], [20, 7, 100, 9], [0, 3, 150, 91]], (1, 1, 2)),
+        # More tiles than blocks that share a sum.
+        (96, 16, 3, ["uint8 120 90"], [None, None], (1, 2, 3)),
+        # Other sizes of patches, larger ones than a tile too.
+        (32, 4, 3, ["uint8 20 30"], [None], (12, 12, 40)),
+        (28, 14, 3, ["uint8 30 45"], [[2, 5, 25, 33], [0, 0, 28, 28]], (1, 0, 3)),
+        (64, 32, 3, ["uint8 90 70"], [None], (1, 1, 2)),
+        (34, 17, 1, ["uint16 90 70"], [None], (1, 1, 2)),
+        (9, 1, 3, ["uint8 12 8"], [None], (9, 5, 60)),
+        # Other numbers of bands.
+        (32, 16, 1, ["uint8 40 53"], [None, [0, 0, 13, 50]], (1, 1, 2)),
+        (16, 8, 2, ["float32 21 17", "uint8 50 9"], [None, None], (1, 1, 2)),
+        (32, 16, 6, ["uint16 37 41"], [None], (1, 1, 1)),
+        # Single pixels, single rows and columns, boxes smaller than a patch.
+        (16, 8, 3, ["uint8 1 1", "uint8 1 500", "uint8 500 1", "uint8 90 80"],
+         [None, None, None, [89, 79, 1, 1], [0, 7, 1, 3], [0, 100, 1, 37]], (1, 1, 2)),
+        # Ten and sixty source pixels to one: more taps and lines than one round takes.
+        (16, 16, 3, ["uint8 160 155"], [None], (1, 0, 0)),
+        (8, 8, 1, ["uint8 490 310", "uint16 300 480"], [None, None], (1, 0, 0)),
+        (4, 4, 3, ["float32 250 40"], [None], (1, 0, 0)),
+    ],
+)  # fmt: skip
+def test_crop_patches_on_the_host_equal_those_of_the_cpu(
+    crop_px, patch_px, bands, sources, boxes, counts, exact, order, on_host
+):
+    assert _library.why_no_cpp() is None
+    call = PatchesCall.draw(len(boxes) + bands, crop_px, patch_px, bands, exact, sources, boxes, counts)
+    leading = (1, 0, 1) if len(boxes) % 2 else (0, 0, 0)
+    types = [ROW_TYPES[(crop_px + i) % 3] for i in range(3)]
+    assert_rows_agree(call.on_host(on_host, order, leading, types), call.on_cpu(leading, types), exact)

@@ -224,3 +224,23 @@ def test_help_is_readable() -> None:
     for word in ("--preset", "vit_g_1024", "--batch-size", "--bands", "--mean", "--resume", "--embed-dim"):
         assert word in done.stdout
     assert "--model." not in done.stdout
+
+
+def test_threads_wait_without_spinning() -> None:
+    """OpenMP reads the variable when torch brings it, so it has to be set before."""
+    program = (
+        "import builtins, os\n"
+        "plain = builtins.__import__\n"
+        "def watch(name, *more):\n"
+        "    if name == 'torch' and not seen: seen.append(os.environ.get('OMP_WAIT_POLICY'))\n"
+        "    return plain(name, *more)\n"
+        "seen, builtins.__import__ = [], watch\n"
+        "import pera_fast.train\n"
+        "print(*seen)"
+    )
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected, done.stderr

@@ -15,15 +15,11 @@ namespace {
 #include "for_each_isa.h"
 
 void crop_patches(
-    const torch::stable::Tensor& buffer, const torch::stable::Tensor& offsets,
-    const torch::stable::Tensor& shapes, const torch::stable::Tensor& dtypes, const torch::stable::Tensor& low,
-    const torch::stable::Tensor& high, const torch::stable::Tensor& image, const torch::stable::Tensor& box,
-    const torch::stable::Tensor& flip, const torch::stable::Tensor& factor, const torch::stable::Tensor& order,
-    const torch::stable::Tensor& grey, const torch::stable::Tensor& student_patches,
-    const torch::stable::Tensor& target_patches, const torch::stable::Tensor& teacher_patches,
-    const torch::stable::Tensor& mean, const torch::stable::Tensor& std, int64_t crop_px, int64_t patch_px,
-    bool exact, torch::stable::Tensor student_rows, torch::stable::Tensor target_pixels,
-    torch::stable::Tensor teacher_rows) {
+    const Tensor& buffer, const Tensor& offsets, const Tensor& shapes, const Tensor& dtypes, const Tensor& low,
+    const Tensor& high, const Tensor& image, const Tensor& box, const Tensor& flip, const Tensor& factor,
+    const Tensor& order, const Tensor& grey, const Tensor& student_patches, const Tensor& target_patches,
+    const Tensor& teacher_patches, const Tensor& mean, const Tensor& std, int64_t crop_px, int64_t patch_px,
+    bool exact, Tensor student_rows, Tensor target_pixels, Tensor teacher_rows) {
   static const auto kernel = PERA_FAST_CHOOSE(crop_patches);
   const CropPatches a = crop_patches_arguments(
       buffer, offsets, shapes, dtypes, low, high, image, box, flip, factor, order, grey, student_patches,

@@ -235,13 +235,6 @@ struct Band {
   float low, high;
 };
 
-// Whether Pillow resizes along the vertical axis first. Only rounding between the passes makes a difference.
-template <class L> inline bool vertical_first(int height, int width, int crop_px);
-template <> inline bool vertical_first<FloatLevels>(int, int, int) { return false; }
-template <> inline bool vertical_first<ExactLevels>(int height, int width, int crop_px) {
-  return height > crop_px && height - crop_px > 2 * (width - crop_px);
-}
-
 // The source's next `lines` rows (turned: columns) from `start` on, as they are: out[k * kStrip + i] is
 // pixel k of line `start + i`.
 template <class T>
@@ -523,7 +516,7 @@ inline int64_t process(const CropPatches& a, int64_t crop, uint8_t* base) {
   const int crop_px = static_cast<int>(a.crop_px);
   // Bands that colours mix are made together, others one after the other.
   const int group = a.bands == 3 ? 3 : 1;
-  const bool turned = vertical_first<L>(height, width, crop_px);
+  const bool turned = L::vertical_first(height, width, crop_px);
   Scratch<L> s(
       turned ? height : width, turned ? width : height, crop_px, static_cast<int>(a.patch_px), group, base);
   if (base == nullptr) return s.bytes;

@@ -9,7 +9,9 @@
 
 #include <string>
 
+#include "../crop_patches_op.h"
 #include "../disjoint_masks_op.h"
+#include "crop_patches.h"
 #include "disjoint_masks.h"
 
 namespace pera_fast {
@@ -55,9 +57,28 @@ Masks disjoint_masks(
   return masks;
 }
 
+void crop_patches(
+    const Tensor& buffer, const Tensor& offsets, const Tensor& shapes, const Tensor& dtypes, const Tensor& low,
+    const Tensor& high, const Tensor& image, const Tensor& box, const Tensor& flip, const Tensor& factor,
+    const Tensor& order, const Tensor& grey, const Tensor& student_patches, const Tensor& target_patches,
+    const Tensor& teacher_patches, const Tensor& mean, const Tensor& std, int64_t crop_px, int64_t patch_px,
+    bool exact, Tensor student_rows, Tensor target_pixels, Tensor teacher_rows) {
+  const CropPatches a = crop_patches_arguments(
+      buffer, offsets, shapes, dtypes, low, high, image, box, flip, factor, order, grey, student_patches,
+      target_patches, teacher_patches, mean, std, crop_px, patch_px, exact, student_rows, target_pixels,
+      teacher_rows);
+  torch::stable::accelerator::DeviceGuard guard(buffer.get_device_index());
+  Tensor sums = torch::stable::new_empty(image, {crop_patches_sums(a)});
+  check_launch(
+      "crop_patches",
+      launch_crop_patches(
+          a, sums.mutable_data_ptr<int64_t>(), current_stream(buffer.get_device_index())));
+}
+
 }  // namespace
 }  // namespace pera_fast
 
 STABLE_TORCH_LIBRARY_IMPL(pera_fast, CUDA, m) {
   m.impl("disjoint_masks", TORCH_BOX(&pera_fast::disjoint_masks));
+  m.impl("crop_patches", TORCH_BOX(&pera_fast::crop_patches));
 }

@@ -195,8 +195,8 @@ def _check_images(images: SourceImages) -> None:
     known = (images.dtypes >= 0) & (images.dtypes < len(PIXEL_DTYPES))
     _require_all(known, "images.dtypes", "0, 1 or 2", images.dtypes)
     bands = images.low.shape[1]
-    fits = (images.shapes[:, 0] == bands) & (images.shapes >= 1).all(1) & (images.shapes < 2**31).all(1)
-    _require_all(fits, "images.shapes", f"{bands} bands and sizes from 1 to below 2**31", images.shapes)
+    fits = (images.shapes[:, 0] == bands) & (images.shapes >= 1).all(1) & (images.shapes < 2**30).all(1)
+    _require_all(fits, "images.shapes", f"{bands} bands and sizes from 1 to below 2**30", images.shapes)
     item = sizes[images.dtypes]
     end = images.offsets + images.shapes.prod(1) * item
     inside = (images.offsets >= 0) & (images.offsets % item == 0) & (end <= len(images.buffer))

@@ -126,7 +126,7 @@ def bench_crop_patches_against_tensors(benchmark, exact: bool, monkeypatch: pyte
     compare(
         benchmark, op="crop_patches", backend=fastest, peer="PyTorch tensor operations",
         ours=lambda: run(fastest), theirs=lambda: run("reference"), pairs=3,
-        same=lambda a, b: all_close(1e-4)((a.student_rows, a.teacher_rows), (b.student_rows, b.teacher_rows)),
+        same=lambda a, b: all_close(1e-3)((a.student_rows, a.teacher_rows), (b.student_rows, b.teacher_rows)),
         shape=f"2 images 512 px, 2x448 + 8x96 pairs, {'exact' if exact else 'float'}",
     )  # fmt: skip
 

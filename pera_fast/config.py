@@ -209,6 +209,10 @@ class OptimConfig:
     teacher_temperature: tuple[float, float] = (0.03, 0.05)
     """At the start, and after teacher_temperature_warmup_epochs."""
     teacher_temperature_warmup_epochs: float = 30
+    centring: Literal["ema", "sinkhorn"] = "ema"
+    """How the teacher's logits are kept from collapsing: a moving average of their mean is subtracted, as the
+    authors do, or Sinkhorn-Knopp makes every prototype equally used in each batch, as DINOv2 does."""
+    sinkhorn_iterations: int = 3
     centre_momentum: float = 0.9
     lr: float = 1e-3
     """Largest learning rate."""
@@ -232,6 +236,7 @@ class OptimConfig:
             self, "koleo_weight", "pixel_weight", "teacher_temperature_warmup_epochs", "warmup_epochs", "lr",
             "lr_final", "eps",
         )  # fmt: skip
+        _positive_int(self, "sinkhorn_iterations")
         _require(self.student_temperature > 0, "student_temperature", "above 0", self.student_temperature)
         _require(
             min(self.teacher_temperature) > 0, "teacher_temperature", "above 0", self.teacher_temperature

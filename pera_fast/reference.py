@@ -335,6 +335,19 @@ def distill_loss(
     return torch.stack([part.mean() for part in per_row.split(list(groups))])
 
 
+def sinkhorn_centre(z: Tensor, v: Tensor, g: Tensor, tau: float, iterations: int) -> Tensor:
+    """The centre for which softmax((t - centre)/τ) are Sinkhorn-Knopp's assignments. z [n, d] -> [K].
+
+    As DINOv2: exp(t/τ) is scaled in turn to equal sums over prototypes and to equal sums over rows.
+    """
+    q = (prototype_logits(z, v, g) / tau).exp()
+    u, w = q.new_ones(q.shape[1]), q.new_ones(len(q))
+    for _ in range(iterations):
+        u = 1 / (q.shape[1] * (q * w[:, None]).sum(0))
+        w = 1 / (len(q) * (q * u).sum(1))
+    return -tau * u.log()
+
+
 def koleo(z: Tensor, v: Tensor, g: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
     """-mean log(‖x_i - x_nn(i)‖ + eps) of each crop on the L2-normalised prototype logits x.
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,7 +86,8 @@ def test_error_against_float64_is_no_larger_than_eager_pytorch(
     monkeypatch.setenv("PERA_FAST_BACKEND", "distill_loss=cpp")
     p = problem(rows, prototypes, torch.float32)
     groups = [rows] if rows < 3 else [rows // 3, rows // 3, rows - 2 * (rows // 3)]
-    slack = 2e-2 if in_bfloat16 else 2e-6
+    # bfloat16 moves a logit of 1 by 2^-9, a tenth of the teacher's exponent: few rows average little of it.
+    slack = 4e-2 if in_bfloat16 else 2e-6
 
     def ours(z: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
@@ -197,6 +202,30 @@ def test_opcheck_of_the_chunk_ops() -> None:
     torch.library.opcheck(torch.ops.pera_fast.distill_gradient.default, (*arguments, *more))
 
 
+@needs_cpp
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_opcheck(in_bfloat16: bool) -> None:
+    p = problem(5, 600, torch.float32)
+    leaves = [p["z_student"], p["z_teacher"], *p["prototypes_student"], *p["prototypes_teacher"], p["centre"]]
+    for place in (0, 2, 3):
+        leaves[place].requires_grad_()
+    torch.library.opcheck(torch.ops.pera_fast.distill_loss.default, (*leaves, 0.1, 0.04, in_bfloat16))
+
+
+@needs_cpp
+def test_compiles_without_a_break() -> None:
+    p = problem(6, 600, torch.float32)
+    leaves = [x.requires_grad_() for x in (p["z_student"], *p["prototypes_student"])]
+
+    def loss() -> torch.Tensor:
+        return ops.distill_loss(**p, groups=[2, 4]).sum()
+
+    want = torch.autograd.grad(loss(), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_float32_is_near_float64_and_bfloat16_sums_in_float32() -> None:
     exact, single = problem(6, 300), problem(6, 300, torch.float32)
     want = ops.distill_loss(**exact, groups=[3, 3])
@@ -289,6 +318,72 @@ def test_koleo_of_equal_rows_is_finite() -> None:
     assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
+# --- Sinkhorn-Knopp ---
+
+
+def dinov2_assignments(logits: torch.Tensor, tau: float, iterations: int) -> torch.Tensor:
+    """The published algorithm on the whole matrix, float64 [n, K]."""
+    q = (logits.double() / tau).exp().T
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(dim=1, keepdim=True) * len(q)
+        q /= q.sum(dim=0, keepdim=True) * q.shape[1]
+    return (q * q.shape[1]).T
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("rows", "prototypes", "tau"), [(1, 5, 0.1), (12, 700, 0.04), (80, 4096, 0.02)])
+def test_sinkhorn_centre_gives_dinov2_assignments(
+    rows: int, prototypes: int, tau: float, iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 1)  # chunks of 256
+    p = problem(rows, prototypes, torch.float32)
+    z, (v, g) = p["z_teacher"], p["prototypes_teacher"]
+    logits = reference.prototype_logits(z.double(), v.double(), g.double())
+    want = dinov2_assignments(logits, tau, iterations)
+    for centre in (
+        ops.sinkhorn_centre(z, v, g, tau, iterations),
+        reference.sinkhorn_centre(z.double(), v.double(), g.double(), tau, iterations),
+    ):
+        got = torch.softmax((logits - centre.double()) / tau, dim=1)
+        assert (got - want).norm() / want.norm() < (1e-4 if centre.dtype == torch.float32 else 1e-9)
+
+
+def _sinkhorn_of_one_rank(rank: int, port: int, out: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    p = problem(10, 600, torch.float32)
+    part = p["z_teacher"][:4] if rank == 0 else p["z_teacher"][4:]
+    centre = ops.sinkhorn_centre(part, *p["prototypes_teacher"], 0.04)
+    torch.save(centre, f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_sinkhorn_centre_over_ranks_is_that_of_all_rows(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_sinkhorn_of_one_rank, (port, str(tmp_path / "centre")), nprocs=2)
+    p = problem(10, 600, torch.float32)
+    want = ops.sinkhorn_centre(p["z_teacher"], *p["prototypes_teacher"], 0.04)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"centre.{rank}", weights_only=True), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"z": torch.zeros(0, 8)}, r"z: expected shape \[n, d\] with at least one row, got \[0, 8\]"),
+        ({"tau": 0.0}, "tau: expected a finite temperature above 0, got 0.0"),
+        ({"iterations": 0}, "iterations: expected at least 1, got 0"),
+        ({"g": torch.ones(20)}, r"v, g: expected g of shape \[20, 1\], got \[20\]"),
+    ],
+)
+def test_bad_input_of_sinkhorn_centre(change: dict[str, Any], sentence: str) -> None:
+    good = {"z": torch.zeros(3, 8), "v": torch.ones(20, 8), "g": torch.ones(20, 1), "tau": 0.1}
+    with pytest.raises(ValueError, match=sentence):
+        ops.sinkhorn_centre(**{**good, **change})
+
+
 def test_mean_logit_is_linear() -> None:
     p = problem(5, 40)
     v, g = p["prototypes_teacher"]
@@ -332,3 +427,72 @@ def test_bad_input(change: dict[str, Any], sentence: str) -> None:
 def test_bad_input_of_koleo(z: torch.Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ops.koleo(z, torch.zeros(20, 8), torch.ones(20, 1))
+
+
+# --- the Triton kernels, without a GPU ---
+
+INTERPRETED = """
+import torch
+from pera_fast.kernels import distill_loss as kernels
+from pera_fast.ops import _library
+assert _library.why_no_cpp() is None
+for prototypes, rows in ((1, 1), (70, 3), (64, 64), (3000, 130)):
+    random = torch.Generator().manual_seed(prototypes)
+    raw = [torch.randn(prototypes, rows, generator=random) for _ in range(2)]
+    scales = [1 + torch.rand(prototypes, generator=random) for _ in range(2)]
+    arguments = (*raw, *scales, 0.1 * torch.randn(prototypes, generator=random), 25.0, 10.0)
+    states = []
+    for module in (kernels, torch.ops.pera_fast):
+        state = torch.zeros(5, rows)
+        state[[0, 3]] = -torch.inf
+        for _ in range(2):
+            module.distill_sums(*arguments, state)
+        states.append(state)
+    torch.testing.assert_close(*states, rtol=2e-6, atol=0)
+    logs = [states[0][m] + states[0][s].log() for m, s in ((0, 1), (3, 4))]
+    results = []
+    for module in (kernels, torch.ops.pera_fast):
+        results.append((torch.full_like(raw[0], torch.nan), torch.full((prototypes,), torch.nan)))
+        module.distill_gradient(*arguments, *logs, torch.rand(rows) * 0 + 0.3, *results[-1])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=2e-6)
+print("equal")
+"""
+
+
+@needs_cpp
+def test_triton_kernels_in_the_interpreter_equal_those_in_cpp() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_triton_kernels_compile_without_spills(capability: int, dtype: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pera_fast.kernels import aot
+    from pera_fast.kernels import distill_loss as kernels
+
+    floats = ("inverse_tau_teacher", "inverse_tau_student")
+    chunk = {"teacher": f"*{dtype}", "student": f"*{dtype}"} | dict.fromkeys(
+        ("scale_teacher", "scale_student", "centre"), "*fp32"
+    )
+    sizes = {"prototypes": "i32", "rows": "i32"}
+    for kernel, prototypes, more in (
+        (kernels.sums_kernel, kernels.BLOCK_PROTOTYPES, {"partial": "*fp32", "per_split": "i32"}),
+        (
+            kernels.gradient_kernel,
+            kernels.GRADIENT_PROTOTYPES,
+            {"gradient": f"*{dtype}", **dict.fromkeys(("log_sum_x", "log_sum_y", "weight", "dot"), "*fp32")},
+        ),
+    ):
+        blocks = {"BLOCK_PROTOTYPES": prototypes, "BLOCK_ROWS": kernels.BLOCK_ROWS}
+        report = aot.compile_kernel(
+            kernel, {**chunk, **dict.fromkeys(floats, "fp32"), **sizes, **more}, blocks, capability=capability,
+            num_warps=kernels.NUM_WARPS,
+        )  # fmt: skip
+        assert report.spill_bytes == 0 and report.registers <= 255
+        assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[89]  # the least of all supported GPUs

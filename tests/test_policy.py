@@ -66,3 +66,11 @@ def test_train_fits_on_a_screen() -> None:
 def test_no_pickle_is_loaded() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert not re.search(r"\btorch\.load\(|\bpickle\b.*import|import pickle", path.read_text()), path
+
+
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_snippets_run(number: int) -> None:
+    exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {})

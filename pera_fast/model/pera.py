@@ -135,8 +135,13 @@ class PerA(nn.Module):
         z_student, predicted = self.student_forward(patches, subsets)
         v, g = self.student.prototypes()
         batch = len(patches.groups[0].student) // crops.num_global
+        centre = self.centre
+        if optim.centring == "sinkhorn":
+            centre = ops.sinkhorn_centre(
+                z_teacher, *self.teacher.prototypes(), teacher_temperature, optim.sinkhorn_iterations
+            )
         distill = ops.distill_loss(
-            z_student, z_teacher, (v, g), self.teacher.prototypes(), self.centre, optim.student_temperature,
+            z_student, z_teacher, (v, g), self.teacher.prototypes(), centre, optim.student_temperature,
             teacher_temperature, [batch] * (len(z_student) // batch),
         )  # fmt: skip
 

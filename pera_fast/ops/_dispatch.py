@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 BACKENDS = ("reference", "torch", "cpp", "cuda", "triton")
 _DEVICES = {"reference": None, "torch": None, "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 _log = logging.getLogger("pera_fast")
@@ -74,6 +76,7 @@ def requested(op: str) -> str:
     return choice
 
 
+@torch.compiler.assume_constant_result
 def resolve(op: str, device_type: str) -> Implementation:
     """The implementation of `op` for tensors on `device_type` ("cpu" or "cuda").
 

@@ -7,6 +7,7 @@ here raises: a machine without them runs the other backends.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,11 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 def why_no_cuda() -> str | None:
     """None when the CUDA library is loaded (the first call does it) and a GPU can run it, else the reason."""
     return _why_no_cuda_library() or _why_no_gpu()
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """None when Triton is installed and sees a GPU, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None if torch.cuda.is_available() else "no GPU visible"

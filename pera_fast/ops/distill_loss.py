@@ -7,8 +7,10 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -83,18 +85,17 @@ def distill_loss(
             f"groups: expected at least one row per crop, {len(z_student)} in all, got {list(groups)}"
         )
     device = z_student.device.type
-    function = _dispatch.resolve("distill_loss", device).function
+    backend = _dispatch.resolve("distill_loss", device).backend
     tensors = (z_student, z_teacher, *prototypes_student, *prototypes_teacher, centre)
-    if any(x.dtype == torch.float64 for x in tensors):
-        function = reference.distill_loss  # the kernels work in float32
+    is_double = any(x.dtype == torch.float64 for x in tensors)  # the kernels work in float32
     in_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     with torch.autocast(device, enabled=False):
-        if function is reference.distill_loss:
-            return function(
+        if is_double or backend == "reference":
+            return reference.distill_loss(
                 _at_least_float32(z_student), _at_least_float32(z_teacher), prototypes_student,
                 prototypes_teacher, centre, tau_student, tau_teacher, groups,
             )  # fmt: skip
-        per_row = function(*(x.float() for x in tensors), tau_student, tau_teacher, in_bfloat16)
+        per_row = _chunked(*(x.float() for x in tensors), tau_student, tau_teacher, in_bfloat16)
         return torch.stack([part.mean() for part in per_row.split(list(groups))])
 
 
@@ -124,6 +125,56 @@ def _warn_of_one_row() -> None:
     _log.warning("KoLeo is 0: a batch of one image has no neighbours")
 
 
+@torch.no_grad()
+def sinkhorn_centre(
+    z: Tensor, v: Tensor, g: Tensor, tau: float, iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The centre that makes `distill_loss` use Sinkhorn-Knopp's assignments of the teacher's rows.
+
+    Sinkhorn-Knopp scales exp(t/τ) in turn to equal sums over prototypes and over rows; what is left of it in
+    a row's softmax is one factor per prototype, exp(-centre/τ). Source: SwAV (arXiv 2006.09882), as DINOv2
+    uses it (arXiv 2304.07193).
+
+    z: float [n, d], the teacher's rows of this rank. v: float [K, d]. g: float [K, 1]. tau: the teacher's
+    temperature. group: the ranks whose rows count together, all with equally many iterations; None: the
+    default group where torch.distributed is initialised, else this process alone.
+
+    Returns float32 [K]. The logits are made chunk by chunk, once per iteration. Raises ValueError when a
+    shape, the temperature or the number of iterations does not fit.
+    """
+    if z.dim() != 2 or len(z) < 1:
+        raise ValueError(f"z: expected shape [n, d] with at least one row, got {list(z.shape)}")
+    _check_prototypes("v, g", (v, g), z)
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau: expected a finite temperature above 0, got {tau}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected at least 1, got {iterations}")
+
+    def over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values, operation, group)
+        return values
+
+    with torch.autocast(z.device.type, enabled=False):
+        z, v, g = z.float(), v.float(), g.float()
+        log_w, log_u = z.new_zeros(len(z)), z.new_empty(len(v))
+        rows = float(over_ranks(z.new_tensor([len(z)]), dist.ReduceOp.SUM))
+        for _ in range(iterations):
+            largest, total = z.new_full((len(z),), -torch.inf), z.new_zeros(len(z))
+            for chunk, weight, chunks in _weights(v, g, len(z)):
+                x = chunks.product(weight, z) / tau  # [prototypes, rows]
+                scaled = x + log_w
+                shift = over_ranks(scaled.amax(1), dist.ReduceOp.MAX)
+                mass = over_ranks((scaled - shift[:, None]).exp_().sum(1), dist.ReduceOp.SUM)
+                log_u[chunk] = -(shift + mass.log() + math.log(len(v)))
+                x += log_u[chunk, None]
+                larger = torch.maximum(largest, x.amax(0))
+                total = total * (largest - larger).exp() + (x - larger).exp_().sum(0)
+                largest = larger
+            log_w = -(largest + total.log() + math.log(rows))
+    return -tau * log_u
+
+
 def mean_prototype_logit(z_mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Mean logit of a batch from its mean z, by linearity: d numbers instead of K to reduce over ranks.
 
@@ -149,6 +200,11 @@ class _Chunks:
     dtype: torch.dtype  # of operands and raw logits
     device: str
 
+    @staticmethod
+    def of(z: Tensor, v: Tensor, in_bfloat16: bool = False) -> _Chunks:
+        dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+        return _Chunks(len(z), len(v), dtype, z.device.type)
+
     @property
     def size(self) -> int:
         """Prototypes per chunk: a power of two from 256 to 4096 (CPU) or 16384 (GPU)."""
@@ -166,6 +222,15 @@ class _Chunks:
         for start in range(0, self.prototypes, self.size):
             yield slice(start, min(start + self.size, self.prototypes))
 
+    @property
+    def kernels(self) -> Any:
+        """What holds distill_sums and distill_gradient for this device."""
+        if self.device == "cpu":
+            return torch.ops.pera_fast
+        from pera_fast.kernels import distill_loss  # needs Triton
+
+        return distill_loss
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a · bᵀ, [m, f] and [n, f] -> [m, n]; m is the long side."""
         if self.device == "cpu" and self.dtype == torch.float32:
@@ -176,15 +241,19 @@ class _Chunks:
         return a @ b.T
 
 
+_EIGHT = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("pera_fast::distill_loss", mutates_args=())
 def _forward(
     z_student: Tensor, z_teacher: Tensor, v_student: Tensor, g_student: Tensor, v_teacher: Tensor,
     g_teacher: Tensor, centre: Tensor, tau_student: float, tau_teacher: float, in_bfloat16: bool,
-) -> list[Tensor]:  # fmt: skip
-    """[loss [n], log Σ exp x [n], log Σ exp y [n], scale_student [K], scale_teacher [K], ‖v_student‖ [K],
-    kept teacher logits, kept student logits]; x and y as in csrc/distill_loss.h."""
-    rows, prototypes = len(z_student), len(v_student)
-    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
-    chunks = _Chunks(rows, prototypes, dtype, z_student.device.type)
+) -> _EIGHT:  # fmt: skip
+    """Each row's loss [n]; the rest is for the backward pass: log Σ exp x [n], log Σ exp y [n] (x and y as in
+    csrc/distill_loss.h), scale of student and teacher [K], ‖v_student‖ [K], kept teacher and student logits.
+    """
+    chunks = _Chunks.of(z_student, v_student, in_bfloat16)
+    rows, prototypes, dtype = chunks.rows, chunks.prototypes, chunks.dtype
     z_s, z_t = z_student.to(dtype), z_teacher.to(dtype)
     state = z_student.new_zeros(5, rows)
     state[[0, 3]] = -torch.inf
@@ -197,43 +266,55 @@ def _forward(
             (z_s, v_student, g_student, scale_student, kept[1]),
         ):
             norm = torch.linalg.vector_norm(v[chunk], dim=1)
-            if v is v_student:
+            if scale is scale_student:
                 norm_student[chunk] = norm
             torch.div(g[chunk, 0], norm, out=scale[chunk])
             raw.append(chunks.product(v[chunk].to(dtype), z))
             if chunk.stop <= len(keep):
                 keep[chunk] = raw[-1]
-        torch.ops.pera_fast.distill_sums(
+        chunks.kernels.distill_sums(
             *raw, scale_teacher[chunk], scale_student[chunk], centre[chunk], 1 / tau_teacher, 1 / tau_student,
             state,
         )  # fmt: skip
     max_x, sum_x, sum_xy, max_y, sum_y = state
     log_x, log_y = max_x + sum_x.log(), max_y + sum_y.log()
-    return [log_y - sum_xy / sum_x, log_x, log_y, scale_student, scale_teacher, norm_student, *kept]
+    loss = log_y - sum_xy / sum_x
+    return loss, log_x, log_y, scale_student, scale_teacher, norm_student, kept[0], kept[1]
 
 
+@_forward.register_fake
+def _(z_student, z_teacher, v_student, g_student, v_teacher, g_teacher, centre, tau_student, tau_teacher,
+      in_bfloat16):  # type: ignore[no-untyped-def]  # fmt: skip
+    chunks = _Chunks.of(z_student, v_student, in_bfloat16)
+    rows = [z_student.new_empty(chunks.rows) for _ in range(3)]
+    columns = [z_student.new_empty(chunks.prototypes) for _ in range(3)]
+    kept = [z_student.new_empty((chunks.kept, chunks.rows), dtype=chunks.dtype) for _ in range(2)]
+    return (*rows, *columns, *kept)
+
+
+@torch.library.custom_op("pera_fast::distill_loss_backward", mutates_args=())
 def _backward(
     gradient: Tensor, z_student: Tensor, z_teacher: Tensor, v_student: Tensor, v_teacher: Tensor,
-    centre: Tensor, tau_student: float, tau_teacher: float, saved: Sequence[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """[dz [n, d], dv [K, d], dg [K, 1]] of the student, for the gradient [n] of the losses of the rows."""
-    log_x, log_y, scale_student, scale_teacher, norm, *kept = saved
-    dtype = kept[0].dtype
-    chunks = _Chunks(len(z_student), len(v_student), dtype, z_student.device.type)
+    centre: Tensor, tau_student: float, tau_teacher: float, log_x: Tensor, log_y: Tensor,
+    scale_student: Tensor, scale_teacher: Tensor, norm: Tensor, kept_teacher: Tensor, kept_student: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dz [n, d], dv [K, d] and dg [K, 1] of the student, for the gradient [n] of the rows' losses."""
+    chunks = _Chunks.of(z_student, v_student, kept_student.dtype == torch.bfloat16)
+    dtype = chunks.dtype
     z_s, z_t = z_student.to(dtype), z_teacher.to(dtype)
     z_columns = z_s.T.contiguous()
     weight = gradient.float() / tau_student
     dz, dv = torch.zeros_like(z_student), torch.empty_like(v_student)
     dot = torch.empty_like(norm)
-    buffer = z_s.new_empty(chunks.size, len(z_student))
+    buffer = z_s.new_empty(chunks.size, chunks.rows)
     for chunk in chunks:
         v = v_student[chunk].to(dtype)
-        if chunk.stop <= len(kept[0]):
-            raw = [keep[chunk] for keep in kept]
+        if chunk.stop <= len(kept_student):
+            raw = [kept_teacher[chunk], kept_student[chunk]]
         else:
             raw = [chunks.product(v_teacher[chunk].to(dtype), z_t), chunks.product(v, z_s)]
         h = buffer[: chunk.stop - chunk.start]
-        torch.ops.pera_fast.distill_gradient(
+        chunks.kernels.distill_gradient(
             *raw, scale_teacher[chunk], scale_student[chunk], centre[chunk], 1 / tau_teacher, 1 / tau_student,
             log_x, log_y, weight, h, dot[chunk],
         )  # fmt: skip
@@ -246,23 +327,31 @@ def _backward(
         torch.addcmul(
             chunks.product(h, z_columns).float(), v_student[chunk], along[:, None], value=-1, out=dv[chunk]
         )
-    return [dz, dv, (dot / norm)[:, None]]
+    return dz, dv, (dot / norm)[:, None]
 
 
-class _DistillLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z_s, z_t, v_s, g_s, v_t, g_t, centre, tau_s, tau_t, in_bfloat16):  # type: ignore[no-untyped-def]
-        loss, *saved = _forward(z_s, z_t, v_s, g_s, v_t, g_t, centre, tau_s, tau_t, in_bfloat16)
-        ctx.save_for_backward(z_s, z_t, v_s, v_t, centre, *saved)
-        ctx.taus = (tau_s, tau_t)
-        return loss
+@_backward.register_fake
+def _(gradient, z_student, z_teacher, v_student, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(z_student), torch.empty_like(v_student), v_student.new_empty(len(v_student), 1)
 
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        z_s, z_t, v_s, v_t, centre, *saved = ctx.saved_tensors
-        tau_s, tau_t = ctx.taus
-        dz, dv, dg = _backward(gradient, z_s, z_t, v_s, v_t, centre, tau_s, tau_t, saved)
-        return dz, None, dv, dg, None, None, None, None, None, None
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)  # else zeros as large as the kept logits
+    z_s, z_t, v_s, _, v_t, _, centre, *ctx.taus, _ = inputs
+    ctx.save_for_backward(z_s, z_t, v_s, v_t, centre, *output[1:])
+
+
+def _gradients(ctx, gradient, *_):  # type: ignore[no-untyped-def]
+    z_s, z_t, v_s, v_t, centre, *saved = ctx.saved_tensors
+    dz, dv, dg = _backward(gradient, z_s, z_t, v_s, v_t, centre, *ctx.taus, *saved)
+    return dz, None, dv, dg, None, None, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _chunked(*arguments: Any) -> Tensor:
+    return _forward(*(x.contiguous() if isinstance(x, Tensor) else x for x in arguments))[0]
 
 
 class _GramTimes(torch.autograd.Function):
@@ -328,7 +417,8 @@ if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::distill_sums", lambda *_: None)
     torch.library.register_fake("pera_fast::distill_gradient", lambda *_: None)
 
-_dispatch.register("distill_loss", "cpp", _DistillLoss.apply, _library.why_no_cpp)
+_dispatch.register("distill_loss", "triton", _chunked, _library.why_no_triton)
+_dispatch.register("distill_loss", "cpp", _chunked, _library.why_no_cpp)
 _dispatch.register("distill_loss", "reference", reference.distill_loss)
 _dispatch.register("koleo", "torch", _koleo_gram)
 _dispatch.register("koleo", "reference", reference.koleo)

@@ -18,4 +18,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
       "distill_gradient(Tensor teacher, Tensor student, Tensor scale_teacher, Tensor scale_student, "
       "Tensor centre, float inverse_tau_teacher, float inverse_tau_student, Tensor log_sum_x, Tensor log_sum_y, "
       "Tensor weight, Tensor(a!) gradient, Tensor(b!) dot) -> ()");
+  m.def("distill_operand(Tensor v, Tensor(a!) operand, Tensor(b!) norm) -> ()");
+  m.def("distill_finish(Tensor product, Tensor v, Tensor along, Tensor(a!) gradient) -> ()");
 }

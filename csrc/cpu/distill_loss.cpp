@@ -116,10 +116,47 @@ void distill_gradient(
       0, a.prototypes, kBlock, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
+// Both work on [prototypes, dim]; a row is enough work for no thread alone.
+constexpr int64_t kRowsPerThread = 128;
+
+void distill_operand(const Tensor& v, Tensor operand, Tensor norm) {
+  static const auto kernel = PERA_FAST_CHOOSE(distill_operand);
+  STD_TORCH_CHECK(v.dim() == 2 && operand.numel() == v.numel(), "v, operand: expected [prototypes, dim] each");
+  STD_TORCH_CHECK(
+      operand.scalar_type() == ScalarType::BFloat16 && operand.is_contiguous(),
+      "operand: expected contiguous bfloat16");
+  const int64_t n = v.size(0), dim = v.size(1);
+  const float* const in = floats(v, "v", v.numel());
+  floats(norm, "norm", n);
+  uint16_t* const out = static_cast<uint16_t*>(operand.mutable_data_ptr());
+  float* const norms = norm.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, n, kRowsPerThread, [&](int64_t begin, int64_t end) {
+    kernel(in + begin * dim, end - begin, dim, out + begin * dim, norms + begin);
+  });
+}
+
+void distill_finish(const Tensor& product, const Tensor& v, const Tensor& along, Tensor gradient) {
+  static const auto kernel = PERA_FAST_CHOOSE(distill_finish);
+  STD_TORCH_CHECK(
+      v.dim() == 2 && product.numel() == v.numel() && product.is_contiguous() &&
+          product.scalar_type() == ScalarType::BFloat16,
+      "product: expected contiguous bfloat16 like v [prototypes, dim]");
+  const int64_t n = v.size(0), dim = v.size(1);
+  const float *const in = floats(v, "v", v.numel()), *const share = floats(along, "along", n);
+  floats(gradient, "gradient", v.numel());
+  const uint16_t* const from = static_cast<const uint16_t*>(product.const_data_ptr());
+  float* const out = gradient.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, n, kRowsPerThread, [&](int64_t begin, int64_t end) {
+    kernel(from + begin * dim, in + begin * dim, share + begin, end - begin, dim, out + begin * dim);
+  });
+}
+
 }  // namespace
 }  // namespace pera_fast
 
 STABLE_TORCH_LIBRARY_IMPL(pera_fast, CPU, m) {
   m.impl("distill_sums", TORCH_BOX(&pera_fast::distill_sums));
   m.impl("distill_gradient", TORCH_BOX(&pera_fast::distill_gradient));
+  m.impl("distill_operand", TORCH_BOX(&pera_fast::distill_operand));
+  m.impl("distill_finish", TORCH_BOX(&pera_fast::distill_finish));
 }

@@ -105,3 +105,36 @@ void distill_gradient(const DistillChunk& a, int64_t begin, int64_t end) {
   if (a.is_bfloat16) gradient_block<Bfloat16>(a, begin, end);
   else gradient_block<Float32>(a, begin, end);
 }
+
+// Rows of v [n, dim] in bfloat16, and their Euclidean norms.
+void distill_operand(const float* v, int64_t n, int64_t dim, uint16_t* operand, float* norm) {
+  for (int64_t k = 0; k < n; ++k, v += dim, operand += dim) {
+    float partial[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= dim; i += 16) {
+#pragma omp simd
+      for (int lane = 0; lane < 16; ++lane) {
+        partial[lane] += v[i + lane] * v[i + lane];
+        operand[i + lane] = bfloat16_of(v[i + lane]);
+      }
+    }
+    for (int lane = 0; i < dim; ++i, ++lane) {
+      partial[lane] += v[i] * v[i];
+      operand[i] = bfloat16_of(v[i]);
+    }
+    float sum = 0.0f;
+    for (int lane = 0; lane < 16; ++lane) sum += partial[lane];
+    norm[k] = __builtin_sqrtf(sum);
+  }
+}
+
+// gradient = product - along * v, row by row.
+void distill_finish(
+    const uint16_t* product, const float* v, const float* along, int64_t n, int64_t dim, float* gradient) {
+  for (int64_t k = 0; k < n; ++k, product += dim, v += dim, gradient += dim) {
+    float* __restrict out = gradient;
+    const float share = along[k];
+#pragma omp simd
+    for (int64_t i = 0; i < dim; ++i) out[i] = Bfloat16::to(product[i]) - share * v[i];
+  }
+}

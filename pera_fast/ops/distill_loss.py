@@ -22,7 +22,7 @@ _log = logging.getLogger("pera_fast")
 # for a GPU; both networks' are there at once, and the gradient.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 # Logits that fit into this are kept for the backward pass; those of the other chunks are made again.
-_KEPT_BYTES = {"cpu": 32 * 2**20, "cuda": 64 * 2**20}
+_KEPT_BYTES = {"cpu": 36 * 2**20, "cuda": 64 * 2**20}
 
 
 def _check_prototypes(name: str, prototypes: tuple[Tensor, Tensor], z: Tensor) -> None:
@@ -231,14 +231,44 @@ class _Chunks:
 
         return distill_loss
 
+    def operand(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v in the products' dtype, and the norms of its rows."""
+        if self.dtype == torch.float32 or self.device != "cpu":
+            return v.to(self.dtype), torch.linalg.vector_norm(v, dim=1)
+        operand, norm = torch.empty_like(v, dtype=self.dtype), v.new_empty(len(v))
+        torch.ops.pera_fast.distill_operand(v, operand, norm)  # reads v once
+        return operand, norm
+
+    def finish(self, product: Tensor, v: Tensor, along: Tensor, out: Tensor) -> None:
+        """out = product - along * v, row by row."""
+        if self.dtype == torch.float32 or self.device != "cpu":
+            torch.addcmul(product.float(), v, along[:, None], value=-1, out=out)
+        else:
+            torch.ops.pera_fast.distill_finish(product, v, along, out)
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a · bᵀ, [m, f] and [n, f] -> [m, n]; m is the long side."""
         if self.device == "cpu" and self.dtype == torch.float32:
             # As a convolution of one pixel, by oneDNN: see pera_fast.ops.patch_embed.
-            pixels = a.view(1, len(a), 1, -1).permute(0, 3, 1, 2)
             kernel = b[:, :, None, None].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(pixels, kernel).permute(0, 2, 3, 1).reshape(len(a), len(b))
+            return F.conv2d(_pixels(a), kernel).permute(0, 2, 3, 1).reshape(len(a), len(b))
         return a @ b.T
+
+    def sum_over_prototypes(self, a: Tensor, b: Tensor) -> Tensor:
+        """aᵀ · b, [m, n] and [m, f] -> [n, f]; m is the long side."""
+        if self.device == "cpu" and self.dtype == torch.float32:
+            # As the gradient of that convolution's kernel.
+            kernel = a.new_empty(a.shape[1], b.shape[1], 1, 1)
+            return torch.ops.aten.convolution_backward(
+                _pixels(a), _pixels(b), kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+                [False, True, False],
+            )[1].view(a.shape[1], b.shape[1])  # fmt: skip
+        return a.T @ b
+
+
+def _pixels(rows: Tensor) -> Tensor:
+    """[m, f] as an image of m pixels and f channels, in place."""
+    return rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
 
 
 _EIGHT = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -265,11 +295,11 @@ def _forward(
             (z_t, v_teacher, g_teacher, scale_teacher, kept[0]),
             (z_s, v_student, g_student, scale_student, kept[1]),
         ):
-            norm = torch.linalg.vector_norm(v[chunk], dim=1)
+            operand, norm = chunks.operand(v[chunk])
             if scale is scale_student:
                 norm_student[chunk] = norm
             torch.div(g[chunk, 0], norm, out=scale[chunk])
-            raw.append(chunks.product(v[chunk].to(dtype), z))
+            raw.append(chunks.product(operand, z))
             if chunk.stop <= len(keep):
                 keep[chunk] = raw[-1]
         chunks.kernels.distill_sums(
@@ -318,15 +348,10 @@ def _backward(
             *raw, scale_teacher[chunk], scale_student[chunk], centre[chunk], 1 / tau_teacher, 1 / tau_student,
             log_x, log_y, weight, h, dot[chunk],
         )  # fmt: skip
-        if dtype == torch.float32:
-            dz.addmm_(h.T, v)
-        else:
-            dz += h.T @ v
+        dz += chunks.sum_over_prototypes(h, v)
         # The weight norm's derivative takes out what is along v.
         along = dot[chunk] * scale_student[chunk] / norm[chunk].square()
-        torch.addcmul(
-            chunks.product(h, z_columns).float(), v_student[chunk], along[:, None], value=-1, out=dv[chunk]
-        )
+        chunks.finish(chunks.product(h, z_columns), v_student[chunk], along, dv[chunk])
     return dz, dv, (dot / norm)[:, None]
 
 
@@ -362,7 +387,7 @@ class _GramTimes(torch.autograd.Function):
         ctx.save_for_backward(z, v, g)
         product = torch.zeros_like(z)
         for _, w, chunks in _weights(v, g, len(z)):
-            product.addmm_(chunks.product(w, z).T, w)
+            product += chunks.sum_over_prototypes(chunks.product(w, z), w)
         return product
 
     @staticmethod
@@ -376,7 +401,7 @@ class _GramTimes(torch.autograd.Function):
         dz, dv, dg = torch.zeros_like(z), torch.empty_like(v), torch.empty_like(g)
         for chunk, w, chunks in _weights(v, g, len(both)):
             logits = chunks.product(w, both)
-            dz.addmm_(logits[:, len(z) :].T, w)
+            dz += chunks.sum_over_prototypes(logits[:, len(z) :].contiguous(), w)
             dw = chunks.product(logits, swapped) if by_rows else w @ swapped
             norm = torch.linalg.vector_norm(v[chunk], dim=1, keepdim=True)
             unit = v[chunk] / norm
@@ -416,6 +441,8 @@ def _koleo_gram(z: Tensor, v: Tensor, g: Tensor, eps: float = 1e-8) -> tuple[Ten
 if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::distill_sums", lambda *_: None)
     torch.library.register_fake("pera_fast::distill_gradient", lambda *_: None)
+    torch.library.register_fake("pera_fast::distill_operand", lambda *_: None)
+    torch.library.register_fake("pera_fast::distill_finish", lambda *_: None)
 
 _dispatch.register("distill_loss", "triton", _chunked, _library.why_no_triton)
 _dispatch.register("distill_loss", "cpp", _chunked, _library.why_no_cpp)

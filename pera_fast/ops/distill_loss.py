@@ -22,7 +22,7 @@ _log = logging.getLogger("pera_fast")
 # for a GPU; both networks' are there at once, and the gradient.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 # Logits that fit into this are kept for the backward pass; those of the other chunks are made again.
-_KEPT_BYTES = {"cpu": 36 * 2**20, "cuda": 64 * 2**20}
+_KEPT_BYTES = {"cpu": 32 * 2**20, "cuda": 64 * 2**20}
 
 
 def _check_prototypes(name: str, prototypes: tuple[Tensor, Tensor], z: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Benchmark results in the repository, and the README's tables made from them.
 
-python bench/results.py save FILE.json    a pytest-benchmark file -> bench/results/<machine>_<date>.json
-python bench/results.py readme            the newest results -> README.md, between its markers
+python bench/results.py save FILE.json …    pytest-benchmark files -> bench/results/<machine>_<date>.json
+python bench/results.py readme              the newest results -> README.md, between its markers
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ RESULTS = ROOT / "bench/results"
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
-def save(path: str) -> Path:
-    """Keep what matters of a pytest-benchmark file: one flat row per benchmark."""
-    measured = json.loads(Path(path).read_text())
+def save(paths: list[str]) -> Path:
+    """Keep what matters of pytest-benchmark files: one flat row per benchmark."""
+    files = [json.loads(Path(path).read_text()) for path in paths]
+    measured = files[0]
     rows = [
         {"benchmark": b["name"], **b["extra_info"], "ours_stddev_ms": 1e3 * b["stats"]["stddev"]}
-        for b in measured["benchmarks"]
+        for file in files
+        for b in file["benchmarks"]
         if "op" in b["extra_info"]
     ]
     if not rows:
-        sys.exit(f"error: {path} holds no benchmark of this project")
+        sys.exit(f"error: {', '.join(paths)}: no benchmark of this project")
     devices = sorted({row["device"] for row in rows})
     machine = re.sub(r"[^a-z0-9]+", "-", devices[-1].lower()).strip("-")
     target = RESULTS / f"{machine}_{measured['datetime'][:10]}.json"
@@ -46,15 +48,17 @@ def table(results: dict[str, Any]) -> str:
         lines += [
             f"{device}; torch {rows[0]['versions']['torch']}; {results['date']}; commit {commits}.",
             "",
-            "| op | backend | shape | dtype | ours ms | peer | peer ms | ratio (min to max) | peak MB, ours / peer |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| op | backend | shape | dtype | ours ms | peer | peer ms | ratio (min to max) | peak MB, ours / peer "
+            "| of peak FLOP/s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             low, high = row["ratio_spread"]
+            share = f"{row['flops'] / row['ours_ms'] * 1e3 / row['peak_flops']:.0%}" if "flops" in row else ""
             lines.append(
                 f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {row['ours_ms']:.3g} "
                 f"| {row['peer']} | {row['peer_ms']:.3g} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "
-                f"| {row['peak_bytes'] / 1e6:.1f} / {row['peer_peak_bytes'] / 1e6:.1f} |"
+                f"| {row['peak_bytes'] / 1e6:.1f} / {row['peer_peak_bytes'] / 1e6:.1f} | {share} |"
             )
         lines.append("")
     return "\n".join(lines).strip()
@@ -76,8 +80,8 @@ def readme() -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["save", path]:
-            save(path)
+        case ["save", *paths] if paths:
+            save(paths)
         case ["readme"]:
             readme()
         case _:

@@ -211,7 +211,8 @@ class OptimConfig:
     teacher_temperature_warmup_epochs: float = 30
     centring: Literal["ema", "sinkhorn"] = "ema"
     """How the teacher's logits are kept from collapsing: a moving average of their mean is subtracted, as the
-    authors do, or Sinkhorn-Knopp makes every prototype equally used in each batch, as DINOv2 does."""
+    authors do, or Sinkhorn-Knopp makes every prototype equally used in each forward pass over all ranks, as
+    DINOv2 does."""
     sinkhorn_iterations: int = 3
     centre_momentum: float = 0.9
     lr: float = 1e-3

@@ -113,6 +113,19 @@ def test_the_first_step_moves_student_and_teacher(image_folder: Path) -> None:
     assert still == [], "every parameter, its teacher and the centre change in one step"
 
 
+def test_sinkhorn_centring_replaces_the_moving_average(image_folder: Path) -> None:
+    config = tiny_config()
+    _, plain = run(image_folder, config, 3)
+    config = replace(config, optim=replace(config.optim, centring="sinkhorn"))
+    engine, reports = run(image_folder, config, 3)
+    assert all(not r.skipped for r in reports)
+    assert plain[0].losses["distill_global"] != reports[0].losses["distill_global"]
+    twin, _ = run(image_folder, config, 3)
+    twin.model.centre.copy_(torch.linspace(-5, 5, config.model.num_prototypes))  # not looked at
+    after = [run(image_folder, config, 4, start=3, engine=e)[1][0].losses for e in (engine, twin)]
+    assert after[0] == after[1]
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(
     image_folder: Path, where: str, monkeypatch: pytest.MonkeyPatch

@@ -163,3 +163,29 @@ def test_crop_statistics() -> None:
     for i, (low, high) in enumerate(((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))):
         drawn = crops["factor"][(crops["order"] >= 0).any(-1)][:, i]
         assert low <= drawn.min() < low + 0.02 and high - 0.02 < drawn.max() <= high + 1e-6
+
+
+def test_a_batch_is_one_buffer_hardly_larger_than_its_pixels(tmp_path: Path) -> None:
+    for i in range(4):
+        Image.new("RGB", (512, 512), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    config = tiny_config()
+    config = replace(
+        config, crops=CropConfig(global_px=40, local_px=24), data=replace(config.data, window_px=512)
+    )
+    batch = next(make_loader(dataset(tmp_path, config), 0, 1))
+    pixels = 4 * 3 * 512 * 512
+    assert pixels < batch.buffer.numel() < 1.005 * pixels
+    storage = batch.buffer.untyped_storage().data_ptr()
+    tensors = [*batch.images, *(x for table in batch.tables for x in table)]
+    assert all(x.untyped_storage().data_ptr() == storage for x in tensors)
+    assert len(batch) == 4 and [len(table.image) for table in batch.tables] == [8, 32]
+    assert batch.tables[0].image.tolist() == [0, 1, 2, 3] * 2  # crop-major
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+def test_batches_on_a_gpu_are_those_of_the_cpu(image_folder: Path) -> None:
+    data = dataset(image_folder)
+    for a, b in zip(
+        make_loader(data, 0, 6), make_loader(data, 0, 6, device=torch.device("cuda")), strict=True
+    ):
+        assert b.buffer.is_cuda and torch.equal(a.buffer, b.buffer.cpu()) and a.fields == b.fields

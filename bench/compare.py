@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
@@ -132,6 +133,7 @@ def versions() -> dict[str, str]:
         "pera_fast": pera_fast.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
     }
 

@@ -225,17 +225,19 @@ struct ExactLevels {
     const float from_green = static_cast<float>(2.0 + to_r - to_b);
     const float from_blue = static_cast<float>(4.0 + to_g - to_r);
     const float sextant = r == value ? from_red : (g == value ? from_green : from_blue);
-    double circle = sextant / 6.0 + 1.0;
+    // Products where Pillow divides: the last bit they differ in is gone in the rounding that follows, for all
+    // colours (tests/test_crop_patches.py).
+    double circle = multiply(static_cast<double>(sextant), 1.0 / 6.0) + 1.0;
     circle -= static_cast<double>(static_cast<int32_t>(circle));
     int32_t hue = static_cast<int32_t>(multiply(static_cast<double>(static_cast<float>(circle)), 255.0));
     const float share = static_cast<float>(chroma) / static_cast<float>(value + (value == 0));
     const int32_t saturation = static_cast<int32_t>(multiply(static_cast<double>(share), 255.0));
 
     hue = ((hue & -static_cast<int32_t>(chroma != 0)) + steps) & 255;
-    const double sixths = multiply(static_cast<double>(hue), 6.0) / 255.0;
+    const double sixths = multiply(static_cast<double>(hue), 6.0 / 255.0);
     const int32_t sixth = static_cast<int32_t>(sixths);
     const float within = static_cast<float>(sixths - sixth);
-    const float fs = static_cast<float>(saturation / 255.0);
+    const float fs = static_cast<float>(multiply(static_cast<double>(saturation), 1.0 / 255.0));
     const double v = value;
     const int32_t p = static_cast<int32_t>(multiply(v, 1.0 - fs) + 0.5);
     const int32_t q = static_cast<int32_t>(multiply(v, 1.0 - multiply(fs, within)) + 0.5);

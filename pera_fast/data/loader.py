@@ -156,7 +156,7 @@ class WindowDataset(Dataset[Sample]):
         for pixels, valid in read_windows(
             scene, windows, bands=data.bands, in_bands=self.config.model.in_bands, nodata=data.nodata
         ):
-            missing = 1 - float(valid.mean())
+            missing = 1 - np.count_nonzero(valid) / valid.size
             if missing < best_share:
                 best, best_share = pixels, missing
             if missing <= data.max_nodata_share:

@@ -13,9 +13,10 @@
 
 namespace pera_fast {
 
-// Exponential of x <= 0, relative error below 2e-7; below -87 the result is 0 for every purpose here.
+// Exponential of x <= 0, relative error below 2e-7; below -87 the result is 0 for every purpose here. NaN
+// stays NaN (the comparison is false), so that a loss shows that something was not finite.
 PERA_FAST_HOST_DEVICE float exp_of_negative(float x) {
-  x = x > -87.0f ? x : -87.0f;
+  x = x < -87.0f ? -87.0f : x;
   // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, of which the first times n is exact.
   const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);
   const float whole = static_cast<float>(n);

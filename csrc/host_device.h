@@ -49,10 +49,11 @@ PERA_FAST_HOST_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
-// To the nearest, ties to even. x is finite.
+// To the nearest, ties to even. NaN stays NaN, whose low bits might else carry over into its exponent.
 PERA_FAST_HOST_DEVICE uint16_t bfloat16_of(float x) {
   const uint32_t bits = bits_of(x);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 }  // namespace pera_fast

@@ -115,6 +115,22 @@ def test_extreme_logits(tau_teacher: float, g: float, centre: float) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["z_student", "z_teacher", "v_student", "v_teacher", "g_student", "centre"])
+def test_a_number_that_is_not_finite_is_not_lost(where: str, value: float, in_bfloat16: bool) -> None:
+    """The step that it happened in has to be seen as such; a prototype of infinite length is none, though."""
+    p = problem(4, 600, torch.float32)
+    (v_s, g_s), (v_t, g_t) = p["prototypes_student"], p["prototypes_teacher"]
+    tensors = {**p, "v_student": v_s, "v_teacher": v_t, "g_student": g_s}
+    tensors[where].view(-1)[3] = value
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+        losses = ops.distill_loss(**p, groups=[1, 3])
+    want = materialised(p["z_student"], v_s, g_s, p=p, groups=[1, 3])
+    assert torch.equal(losses.isfinite(), want.isfinite())
+
+
+@needs_cpp
 @pytest.mark.parametrize("kept_bytes", [0, 3 * 256 * 9 * 8, 2**30])
 def test_chunks_change_nothing_but_the_memory(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks with a last short one, and none, some or all of the logits kept."""

@@ -8,10 +8,10 @@ namespace baseline {
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2")
 #endif
 namespace avx2 {
 #include PERA_FAST_KERNEL

@@ -17,7 +17,7 @@ Function choose_by_isa(Function baseline, Function avx2, Function avx512) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return avx2;
+  if (__builtin_cpu_supports("avx2")) return avx2;
 #endif
   return baseline;
 }

@@ -218,7 +218,8 @@ class BuildLibraries(build_ext):
 
     def cpu_flags(self) -> list[str]:
         # No -march: the library must run wherever its wheel does. Hot loops choose their ISA at run time.
-        # -fno-math-errno only frees the vectoriser from setting errno; results do not change.
+        # -fno-math-errno and -fno-trapping-math only free the vectoriser from errno and from floating-point traps;
+        # -ffp-contract=off keeps a product and a sum two roundings, so that every ISA gives the same bits.
         return [
             "-std=c++17",
             "-O3",

@@ -29,10 +29,7 @@ PERA_FAST_HOST_DEVICE float exp_of_negative(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
-  float power;
-  __builtin_memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return p * float_of(static_cast<uint32_t>(n + 127) << 23);
 }
 
 // What a row needs, each [rows].

@@ -261,18 +261,14 @@ inline void load_tile(const Band& band, Scratch<L>& s, bool turned, int start, i
 
 template <class L>
 inline void load_tile(const Band& band, Scratch<L>& s, bool turned, int start, int lines) {
+  if constexpr (L::kRange == 255.0f) {
+    if (band.dtype == kUint8 && band.low == 0.0f && band.high == 255.0f) {  // levels already
+      return load_raw<uint8_t>(band, s.tile, turned, start, lines);
+    }
+  }
   if (band.dtype == kUint8) load_tile<L, uint8_t>(band, s, turned, start, lines);
   else if (band.dtype == kUint16) load_tile<L, uint16_t>(band, s, turned, start, lines);
   else load_tile<L, float>(band, s, turned, start, lines);
-}
-template <>
-inline void load_tile<ExactLevels>(
-    const Band& band, Scratch<ExactLevels>& s, bool turned, int start, int lines) {
-  if (band.dtype == kUint8 && band.low == 0.0f && band.high == 255.0f) {  // levels already
-    load_raw<uint8_t>(band, s.tile, turned, start, lines);
-  } else if (band.dtype == kUint8) load_tile<ExactLevels, uint8_t>(band, s, turned, start, lines);
-  else if (band.dtype == kUint16) load_tile<ExactLevels, uint16_t>(band, s, turned, start, lines);
-  else load_tile<ExactLevels, float>(band, s, turned, start, lines);
 }
 
 // The first pass over a tile.

@@ -10,13 +10,21 @@ struct Float32 {
 struct Bfloat16 {
   typedef uint16_t Type;
   static inline float to(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    __builtin_memcpy(&x, &wide, sizeof x);
-    return x;
+    return float_of(static_cast<uint32_t>(bits) << 16);
   }
   static inline uint16_t from(float x) { return bfloat16_of(x); }
 };
+
+// x = raw teacher * scale_x - shift_x and y = raw student * scale_y for one prototype.
+struct Scales {
+  float scale_x, shift_x, scale_y;
+};
+
+inline Scales scales_of(const DistillChunk& a, int64_t k) {
+  return {
+      a.scale_teacher[k] * a.inverse_tau_teacher, a.centre[k] * a.inverse_tau_teacher,
+      a.scale_student[k] * a.inverse_tau_student};
+}
 
 // The sums of prototypes begin … end - 1 of a chunk.
 template <class As>
@@ -31,8 +39,7 @@ inline void sum_block(const DistillChunk& a, int64_t begin, int64_t end, const D
   for (int64_t k = begin; k < end; ++k) {
     const typename As::Type* t = static_cast<const typename As::Type*>(a.teacher) + k * rows;
     const typename As::Type* s = static_cast<const typename As::Type*>(a.student) + k * rows;
-    const float scale_x = a.scale_teacher[k] * a.inverse_tau_teacher, shift_x = a.centre[k] * a.inverse_tau_teacher;
-    const float scale_y = a.scale_student[k] * a.inverse_tau_student;
+    const auto [scale_x, shift_x, scale_y] = scales_of(a, k);
 #pragma omp simd
     for (int64_t i = 0; i < rows; ++i) {
       const float x = As::to(t[i]) * scale_x - shift_x, y = As::to(s[i]) * scale_y;
@@ -43,8 +50,7 @@ inline void sum_block(const DistillChunk& a, int64_t begin, int64_t end, const D
   for (int64_t k = begin; k < end; ++k) {
     const typename As::Type* t = static_cast<const typename As::Type*>(a.teacher) + k * rows;
     const typename As::Type* s = static_cast<const typename As::Type*>(a.student) + k * rows;
-    const float scale_x = a.scale_teacher[k] * a.inverse_tau_teacher, shift_x = a.centre[k] * a.inverse_tau_teacher;
-    const float scale_y = a.scale_student[k] * a.inverse_tau_student;
+    const auto [scale_x, shift_x, scale_y] = scales_of(a, k);
 #pragma omp simd
     for (int64_t i = 0; i < rows; ++i) {
       const float x = As::to(t[i]) * scale_x - shift_x, y = As::to(s[i]) * scale_y;
@@ -66,8 +72,8 @@ inline void gradient_block(const DistillChunk& a, int64_t begin, int64_t end) {
     const typename As::Type* t = static_cast<const typename As::Type*>(a.teacher) + k * rows;
     typename As::Type* __restrict s = static_cast<typename As::Type*>(a.gradient) + k * rows;
     const typename As::Type* raw = static_cast<const typename As::Type*>(a.student) + k * rows;
-    const float scale_x = a.scale_teacher[k] * a.inverse_tau_teacher, shift_x = a.centre[k] * a.inverse_tau_teacher;
-    const float scale_y = a.scale_student[k] * a.inverse_tau_student, scale = a.scale_student[k];
+    const auto [scale_x, shift_x, scale_y] = scales_of(a, k);
+    const float scale = a.scale_student[k];
     // Sixteen sums side by side: the same order of additions on every instruction set.
     float partial[16] = {};
     int64_t i = 0;

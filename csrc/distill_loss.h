@@ -39,10 +39,10 @@ struct DistillSums {
 
 // One chunk of prototypes; arrays over prototypes begin at the chunk.
 struct DistillChunk {
-  const void* teacher;  // [prototypes, rows] raw logits, float32 or bfloat16
+  const void* teacher;  // [prototypes, stride] raw logits, float32 or bfloat16
   const void* student;  // likewise
   bool is_bfloat16;
-  int64_t prototypes, rows;
+  int64_t prototypes, rows, stride;  // rows <= stride
   const float* scale_teacher;  // [prototypes] g / |v|
   const float* scale_student;
   const float* centre;  // [prototypes]
@@ -51,8 +51,25 @@ struct DistillChunk {
   const float* log_sum_x;  // [rows]
   const float* log_sum_y;
   const float* weight;
-  void* gradient;  // [prototypes, rows] as the logits
-  float* dot;      // [prototypes]
+  void* gradient;  // [prototypes, stride], bfloat16 where gradient_is_bfloat16
+  bool gradient_is_bfloat16;
+  float* dot;  // [prototypes]
+};
+
+// Both passes on a CPU, products included. Pairs are two bfloat16 side by side (cpu/product.h).
+struct DistillProblem {
+  int64_t prototypes, rows, stride, dim;
+  bool pairs;
+  const float *v_student, *g_student, *v_teacher, *g_teacher;  // [prototypes, dim], [prototypes]
+  const float *z_student_columns, *z_teacher_columns;          // [dim, stride]; pairs [dim / 2, stride]
+  const float* z_student_rows;                                 // [rows, dim]; pairs [stride / 2, dim]
+  const float* centre;
+  float inverse_tau_teacher, inverse_tau_student;
+  float *scale_student, *scale_teacher, *norm_student;  // [prototypes], made by the forward pass
+  void *kept_teacher, *kept_student;                    // [kept, stride] raw logits of the first prototypes
+  int64_t kept;
+  const float *log_sum_x, *log_sum_y, *weight;  // as in DistillChunk
+  float *dot, *dv;                              // [prototypes], [prototypes, dim]
 };
 
 }  // namespace pera_fast

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
+  m.def("isa() -> int");
   m.def(
       "disjoint_masks(Tensor crop_index, int seed, int step, int num_patches, int num_student, int num_target)"
       " -> (Tensor student, Tensor target, Tensor teacher)");
@@ -12,6 +13,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
       "int crop_px, int patch_px, bool exact, Tensor(a!) student_rows, Tensor(b!) target_pixels, "
       "Tensor(c!) teacher_rows) -> ()");
   m.def(
+      "distill_forward(Tensor v_student, Tensor g_student, Tensor v_teacher, Tensor g_teacher, "
+      "Tensor z_student_columns, Tensor z_teacher_columns, Tensor centre, float inverse_tau_teacher, "
+      "float inverse_tau_student, Tensor(a!) scale_student, Tensor(b!) scale_teacher, Tensor(c!) norm_student, "
+      "Tensor(d!) kept_teacher, Tensor(e!) kept_student, Tensor(f!) state) -> ()");
+  m.def(
+      "distill_backward(Tensor v_student, Tensor v_teacher, Tensor z_student_columns, Tensor z_teacher_columns, "
+      "Tensor z_student_rows, Tensor centre, float inverse_tau_teacher, float inverse_tau_student, "
+      "Tensor scale_student, Tensor scale_teacher, Tensor norm_student, Tensor kept_teacher, Tensor kept_student, "
+      "Tensor log_sum_x, Tensor log_sum_y, Tensor weight, Tensor(a!) dz, Tensor(b!) dv, Tensor(c!) dot) -> ()");
+  m.def(
       "distill_sums(Tensor teacher, Tensor student, Tensor scale_teacher, Tensor scale_student, Tensor centre, "
       "float inverse_tau_teacher, float inverse_tau_student, Tensor(a!) state) -> ()");
   m.def(
@@ -20,4 +31,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
       "Tensor weight, Tensor(a!) gradient, Tensor(b!) dot) -> ()");
   m.def("distill_operand(Tensor v, Tensor(a!) operand, Tensor(b!) norm) -> ()");
   m.def("distill_finish(Tensor product, Tensor v, Tensor along, Tensor(a!) gradient) -> ()");
+  m.def("gram_forward(Tensor v, Tensor g, Tensor columns, Tensor(a!) product) -> ()");
+  m.def(
+      "gram_backward(Tensor v, Tensor g, Tensor columns, Tensor right, bool by_rows, Tensor(a!) dz, Tensor(b!) dv, "
+      "Tensor(c!) dg) -> ()");
 }

@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from conftest import three_way
 
 from pera_fast import ops, reference
-from pera_fast.ops import _library
+from pera_fast.ops import _library, _prototypes
 
 module = sys.modules["pera_fast.ops.distill_loss"]  # the function of that name hides it
 needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
+
+
+DIM = 32  # of z; a test changes it
 
 
 def problem(rows: int, prototypes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
@@ -31,10 +34,16 @@ def problem(rows: int, prototypes: int, dtype: torch.dtype = torch.float64, seed
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
     return {
-        "z_student": F.normalize(normal(rows, 8), dim=-1).to(dtype),
-        "z_teacher": F.normalize(normal(rows, 8), dim=-1).to(dtype),
-        "prototypes_student": (normal(prototypes, 8).to(dtype), (1 + normal(prototypes, 1).abs()).to(dtype)),
-        "prototypes_teacher": (normal(prototypes, 8).to(dtype), (1 + normal(prototypes, 1).abs()).to(dtype)),
+        "z_student": F.normalize(normal(rows, DIM), dim=-1).to(dtype),
+        "z_teacher": F.normalize(normal(rows, DIM), dim=-1).to(dtype),
+        "prototypes_student": (
+            normal(prototypes, DIM).to(dtype),
+            (1 + normal(prototypes, 1).abs()).to(dtype),
+        ),
+        "prototypes_teacher": (
+            normal(prototypes, DIM).to(dtype),
+            (1 + normal(prototypes, 1).abs()).to(dtype),
+        ),
         "centre": 0.1 * normal(prototypes).to(dtype),
         "tau_student": 0.1,
         "tau_teacher": 0.04,
@@ -74,13 +83,18 @@ def materialised(
 
 
 @needs_cpp
-@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize(
+    "products", ["float32", "bfloat16", "bfloat16 by the library", "bfloat16 in float32"]
+)
 @pytest.mark.parametrize("rows", [1, 7, 80, 640])
 @pytest.mark.parametrize("prototypes", [1, 513, 4096, 131072])
 def test_error_against_float64_is_no_larger_than_eager_pytorch(
-    rows: int, prototypes: int, in_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, prototypes: int, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PERA_FAST_BACKEND", "distill_loss=cpp")
+    in_bfloat16 = products != "float32"
+    by = {"bfloat16 by the library": "library", "bfloat16 in float32": "float32"}.get(products, "kernels")
+    monkeypatch.setattr(module, "_bfloat16_by", lambda: by)
     p = problem(rows, prototypes, torch.float32)
     groups = [rows] if rows < 3 else [rows // 3, rows // 3, rows - 2 * (rows // 3)]
     # bfloat16 moves a logit of 1 by 2^-9, a tenth of the teacher's exponent: few rows average little of it.
@@ -144,11 +158,9 @@ def test_chunks_change_nothing_but_the_memory(kept_bytes: int, monkeypatch: pyte
         return [loss, *torch.autograd.grad(loss @ torch.tensor([0.3, 2.0]), leaves)]
 
     whole = run()
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 1)
     monkeypatch.setitem(module._KEPT_BYTES, "cpu", kept_bytes)
-    chunks = module._Chunks(9, 2000, torch.float32, "cpu")
-    assert chunks.size == 256 and len(list(chunks)) == 8
-    assert chunks.kept == {0: 0, 2**30: 2000}.get(kept_bytes, 768)
+    kept, _ = module._kept_shape(p["z_student"], 2000, torch.float32)
+    assert kept == {0: 0, 2**30: 2000}.get(kept_bytes, 384)
     for got, again, want in zip(run(), run(), whole, strict=True):
         assert torch.equal(got, again)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -157,14 +169,52 @@ def test_chunks_change_nothing_but_the_memory(kept_bytes: int, monkeypatch: pyte
 @needs_cpp
 def test_same_bits_for_any_number_of_threads() -> None:
     p = problem(30, 5000, torch.float32)
+    leaves = [x.requires_grad_() for x in (p["z_student"], *p["prototypes_student"])]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.distill_loss(**p, groups=[30]))
+            loss = ops.distill_loss(**p, groups=[30]) + ops.koleo(leaves[0][None], *leaves[1:])[0]
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results)
+    for other in results:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ON_ONE_ISA = """
+import sys, torch
+import test_distill_loss as tests
+names = ("baseline", "avx2", "avx512")
+assert torch.ops.pera_fast.isa() == names.index(sys.argv[1])
+for dim in (32, 37):
+    tests.DIM = dim
+    for rows, prototypes in ((1, 1), (33, 1000)):
+        for way in ("float32", "bfloat16", "bfloat16 in float32"):
+            with tests.pytest.MonkeyPatch.context() as patch:
+                tests.test_error_against_float64_is_no_larger_than_eager_pytorch(rows, prototypes, way, patch)
+    tests.test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(2, 5, 300, dim, 1.0)
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set(capability: str) -> None:
+    if torch.ops.pera_fast.isa() < ["baseline", "avx2", "avx512"].index(capability):
+        pytest.skip(f"this processor has no {capability}")
+    environment = {
+        **os.environ,
+        "PERA_FAST_CPU_CAPABILITY": capability,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", ON_ONE_ISA, capability],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 @needs_cpp
@@ -217,6 +267,10 @@ def test_opcheck_of_the_chunk_ops() -> None:
     torch.library.opcheck(torch.ops.pera_fast.distill_operand.default, (v, operand, torch.empty(30)))
     finish = (operand, v, torch.rand(30), torch.empty(30, 21))
     torch.library.opcheck(torch.ops.pera_fast.distill_finish.default, finish)
+    gram = (v, torch.ones(30, 1), torch.randn(21, 16))
+    torch.library.opcheck(torch.ops.pera_fast.gram_forward.default, (*gram, torch.empty(6, 21)))
+    gradients = (torch.empty(3, 21), torch.empty(30, 21), torch.empty(30, 1))
+    torch.library.opcheck(torch.ops.pera_fast.gram_backward.default, (*gram, v[:6].clone(), True, *gradients))
 
 
 @needs_cpp
@@ -311,7 +365,8 @@ def test_koleo_against_a_search_over_pairs() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 0.03, 0.001])  # rows as far apart as any, to almost equal
 @pytest.mark.parametrize(
-    ("crops", "rows", "prototypes", "dim"), [(2, 8, 4096, 384), (1, 2, 513, 32), (3, 40, 700, 48)]
+    ("crops", "rows", "prototypes", "dim"),
+    [(2, 8, 4096, 384), (1, 2, 513, 32), (3, 40, 700, 48), (2, 9, 300, 21)],
 )
 def test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(
     crops: int, rows: int, prototypes: int, dim: int, spread: float
@@ -333,7 +388,7 @@ def test_koleo_gradients_of_the_reference() -> None:
 
 
 def test_koleo_of_one_row_warns_once(caplog: pytest.LogCaptureFixture) -> None:
-    module._warn_of_one_row.cache_clear()
+    sys.modules["pera_fast.ops.koleo"]._warn_of_one_row.cache_clear()
     z = torch.ones(2, 1, 4, requires_grad=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -369,7 +424,7 @@ def dinov2_assignments(logits: torch.Tensor, tau: float, iterations: int) -> tor
 def test_sinkhorn_centre_gives_dinov2_assignments(
     rows: int, prototypes: int, tau: float, iterations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 1)  # chunks of 256
+    monkeypatch.setitem(_prototypes.CHUNK_BYTES, "cpu", 1)  # chunks of 256
     p = problem(rows, prototypes, torch.float32)
     z, (v, g) = p["z_teacher"], p["prototypes_teacher"]
     logits = reference.prototype_logits(z.double(), v.double(), g.double())
@@ -427,19 +482,19 @@ def test_mean_logit_is_linear() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"z_teacher": torch.zeros(3, 8)}, "z_teacher: expected the shape"),
+        ({"z_teacher": torch.zeros(3, 32)}, "z_teacher: expected the shape"),
         ({"centre": torch.zeros(19)}, r"centre: expected shape \[20\], got \[19\]"),
         ({"tau_student": 0.0}, "tau_student: expected a finite temperature above 0, got 0.0"),
         ({"tau_teacher": math.nan}, "tau_teacher: .* got nan"),
         ({"groups": [2, 1]}, r"groups: .* 4 in all, got \[2, 1\]"),
         ({"groups": [4, 0]}, "groups: expected at least one row per crop"),
-        ({"prototypes_teacher": (torch.zeros(21, 8), torch.ones(21, 1))}, "prototypes_teacher: expected 20"),
+        ({"prototypes_teacher": (torch.zeros(21, 32), torch.ones(21, 1))}, "prototypes_teacher: expected 20"),
         (
-            {"prototypes_student": (torch.zeros(0, 8), torch.ones(0, 1))},
+            {"prototypes_student": (torch.zeros(0, 32), torch.ones(0, 1))},
             "prototypes_student: expected at least one prototype",
         ),
         (
-            {"prototypes_student": (torch.zeros(20, 8), torch.ones(20))},
+            {"prototypes_student": (torch.zeros(20, 32), torch.ones(20))},
             r"prototypes_student: expected g .* got \[20\]",
         ),
     ],
@@ -452,14 +507,14 @@ def test_bad_input(change: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("z", "sentence"),
     [
-        (torch.zeros(3, 8), r"z: expected shape \[crops, n, d\] with at least one row, got \[3, 8\]"),
+        (torch.zeros(3, 32), r"z: expected shape \[crops, n, d\] with at least one row, got \[3, 32\]"),
         (torch.zeros(2, 0, 8), r"z: .* got \[2, 0, 8\]"),
-        (torch.zeros(2, 3, 7), r"v, g: expected v of shape \[K, 7\], got \[20, 8\]"),
+        (torch.zeros(2, 3, 7), r"v, g: expected v of shape \[K, 7\], got \[20, 32\]"),
     ],
 )
 def test_bad_input_of_koleo(z: torch.Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        ops.koleo(z, torch.zeros(20, 8), torch.ones(20, 1))
+        ops.koleo(z, torch.zeros(20, 32), torch.ones(20, 1))
 
 
 # --- the Triton kernels, without a GPU ---

@@ -1,40 +1,51 @@
-// Compiles the file that PERA_FAST_KERNEL names once per instruction set, in the namespaces baseline, avx2 and
-// avx512: its loops are plain C++ that the compiler vectorises for that set. So the file may use nothing of
-// the standard library, whose functions the linker would share between the three.
+// Compiles the file that PERA_FAST_KERNEL names once per instruction set, in the namespaces baseline, avx2,
+// avx512 and avx512bf16 (PERA_FAST_ISA 0 to 3): its loops are plain C++ that the compiler vectorises for that
+// set. So the file may use nothing of the standard library, whose functions the linker would share between them.
 
+#define PERA_FAST_ISA 0
 namespace baseline {
 #include PERA_FAST_KERNEL
 }
+#undef PERA_FAST_ISA
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+#define PERA_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#define PERA_FAST_BEGIN(isa) \
+  PERA_FAST_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define PERA_FAST_END PERA_FAST_PRAGMA(clang attribute pop)
 #else
-#pragma GCC push_options
-#pragma GCC target("avx2")
+#define PERA_FAST_BEGIN(isa) PERA_FAST_PRAGMA(GCC push_options) PERA_FAST_PRAGMA(GCC target(isa))
+#define PERA_FAST_END PERA_FAST_PRAGMA(GCC pop_options)
 #endif
+#define PERA_FAST_PRAGMA(text) _Pragma(#text)
+
+#define PERA_FAST_ISA 1
+PERA_FAST_BEGIN("avx2,fma")
 namespace avx2 {
 #include PERA_FAST_KERNEL
 }
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
+PERA_FAST_END
+#undef PERA_FAST_ISA
+
+#define PERA_FAST_ISA 2
+PERA_FAST_BEGIN(PERA_FAST_AVX512)
 namespace avx512 {
 #include PERA_FAST_KERNEL
 }
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+PERA_FAST_END
+#undef PERA_FAST_ISA
+
+#define PERA_FAST_ISA 3
+PERA_FAST_BEGIN(PERA_FAST_AVX512 ",avx512bf16")
+namespace avx512bf16 {
+#include PERA_FAST_KERNEL
+}
+PERA_FAST_END
+#undef PERA_FAST_ISA
+
 #define PERA_FAST_CHOOSE(function) \
-  choose_by_isa(baseline::function, avx2::function, avx512::function)
+  choose_by_isa(baseline::function, avx2::function, avx512::function, avx512bf16::function)
 #else
 #define PERA_FAST_CHOOSE(function) (baseline::function)
 #endif

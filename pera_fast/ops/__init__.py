@@ -4,7 +4,8 @@ from pera_fast.ops._dispatch import BackendError
 from pera_fast.ops.adamw_ema import adamw_ema
 from pera_fast.ops.crop_patches import CropTable, SourceImages, crop_patches, pack_images
 from pera_fast.ops.disjoint_masks import disjoint_masks
-from pera_fast.ops.distill_loss import distill_loss, koleo, mean_prototype_logit, sinkhorn_centre
+from pera_fast.ops.distill_loss import distill_loss, mean_prototype_logit, sinkhorn_centre
+from pera_fast.ops.koleo import koleo
 from pera_fast.ops.packed_attention import packed_attention
 from pera_fast.ops.patch_embed import patch_embed
 from pera_fast.ops.residual_norm import residual_add, residual_norm

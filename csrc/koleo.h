@@ -1,0 +1,18 @@
+// KoLeo through the prototypes' Gram matrix: WᵀW z and its gradients, W = g v / |v|. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace pera_fast {
+
+struct GramProblem {
+  int64_t prototypes, dim, rows, stride;  // stride: rows rounded up to 16
+  const float *v, *g;                     // [prototypes, dim], [prototypes]
+  const float* columns;                   // [dim, stride], the rows transposed
+  // For the gradient of v: v/|v| · g times `right` is that of W. By rows [rows, dim], else [dim, dim].
+  const float* right;
+  bool by_rows;
+  float *dv, *dg;  // [prototypes, dim], [prototypes]; null in the forward pass
+};
+
+}  // namespace pera_fast

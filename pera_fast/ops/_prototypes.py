@@ -1,0 +1,54 @@
+"""Weight-normalised prototypes in chunks, so that their logits are never held as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Raw logits of a chunk of prototypes fill about this much, to stay in cache on a CPU and to be many enough
+# for a GPU; both networks' are there at once, and the gradient.
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+
+
+def check(name: str, prototypes: tuple[Tensor, Tensor], z: Tensor) -> None:
+    v, g = prototypes
+    if v.dim() != 2 or v.shape[1] != z.shape[1]:
+        raise ValueError(f"{name}: expected v of shape [K, {z.shape[1]}], got {list(v.shape)}")
+    if len(v) == 0:
+        raise ValueError(f"{name}: expected at least one prototype, got v of shape {list(v.shape)}")
+    if list(g.shape) != [len(v), 1]:
+        raise ValueError(f"{name}: expected g of shape [{len(v)}, 1], got {list(g.shape)}")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def chunks_of(prototypes: int, rows: int, dtype: torch.dtype, device: str) -> list[slice]:
+    """The prototypes in slices of a power of two from 256 to 4096 (CPU) or 16384 (GPU)."""
+    fitting = CHUNK_BYTES[device] // (rows * dtype.itemsize)
+    most = 4096 if device == "cpu" else 16384
+    size = 2 ** int(math.log2(min(max(fitting, 256), most)))
+    return [slice(start, min(start + size, prototypes)) for start in range(0, prototypes, size)]
+
+
+def weights(v: Tensor, g: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """The weight-normalised prototypes chunk by chunk."""
+    for chunk in chunks_of(len(v), rows, v.dtype, v.device.type):
+        norm = torch.linalg.vector_norm(v[chunk], dim=1, keepdim=True)
+        yield chunk, v[chunk] * (g[chunk] / norm)
+
+
+def padding(rows: int) -> int:
+    """Rows to add for whole vectors of 16, as the C++ kernels want them."""
+    return -rows % 16
+
+
+def columns(z: Tensor) -> Tensor:
+    """z transposed and padded, [d, stride]; in bfloat16 two columns side by side, [d / 2, stride, 2]."""
+    z = F.pad(z, (0, 0, 0, padding(len(z))))
+    return (z.T if z.dtype == torch.float32 else z.unflatten(1, (-1, 2)).transpose(0, 1)).contiguous()

@@ -1,4 +1,4 @@
-"""distill_loss and koleo forward and backward against materialised logits with weight norm per call."""
+"""distill_loss forward and backward against materialised logits with weight norm per call."""
 
 from __future__ import annotations
 
@@ -92,27 +92,4 @@ def bench_distill_loss(benchmark, images: int, precision: str, peer: str) -> Non
         pairs=1 if images == 64 else 3, dtype=precision, flops=flops(images * CROPS),
         peak_flops=peak_flops(precision),
         shape=f"{images} images x {CROPS} crops, {PROTOTYPES} prototypes, fwd+bwd{MALLOC}",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("images", [8])
-def bench_koleo(benchmark, images: int) -> None:
-    z, v, g, _ = inputs(2 * images)
-    leaves = [z[0], v[0], g[0]]
-
-    def ours() -> list[Tensor]:
-        losses, _ = ops.koleo(z[0].unflatten(0, (2, images)), v[0], g[0])
-        return [losses, *torch.autograd.grad(losses.sum(), leaves)]
-
-    def theirs() -> list[Tensor]:
-        losses = []
-        for rows in F.normalize(logits(z[0], v[0], g[0]), dim=-1).chunk(2):
-            nearest = (rows.detach() @ rows.detach().T).fill_diagonal_(-2).argmax(1)
-            losses.append(-torch.log((rows - rows[nearest]).norm(dim=1) + 1e-8).mean())
-        return [torch.stack(losses), *torch.autograd.grad(sum(losses), leaves)]
-
-    compare(
-        benchmark, op="koleo", backend=_dispatch.resolve("koleo", "cpu").backend, peer="materialised logits",
-        ours=ours, theirs=theirs, same=all_close(1e-4), pairs=3,
-        shape=f"2 crops of {images} images, {PROTOTYPES} prototypes, fwd+bwd{MALLOC}",
     )  # fmt: skip

@@ -1,38 +1,99 @@
-"""packed_attention forward and backward against one padded batch, at the student's lengths."""
+"""packed_attention forward and backward against what one would use otherwise, at PerA's lengths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import all_close, compare
+from torch import Tensor
 
 from pera_fast import ops
 from pera_fast.ops import _dispatch
 
-GROUPS = [(8, 315), (32, 8)]  # four images: two global and eight local crops each
+HEADS, HEAD_DIM = {"ViT-S": 6, "ViT-B": 12, "ViT-G": 16}, 64
+# Crops an image, and their tokens: the student's before and after the targets enter, the teacher's.
+MIXES = {
+    "student, first half": [(2, 158), (8, 8)],
+    "student, second half": [(2, 315), (8, 8)],
+    "teacher": [(2, 471), (8, 23)],
+    "locals, student": [(8, 8)],
+    "locals, teacher": [(8, 23)],
+    "globals, student": [(2, 315)],
+}
+MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
+Groups = list[tuple[int, int]]
+
+
+def per_group(qkv: Tensor, groups: Groups) -> Tensor:
+    outputs = []
+    for part, (sequences, length) in zip(qkv.split([n * m for n, m in groups]), groups, strict=True):
+        query, key, value = part.unflatten(0, (sequences, length)).permute(2, 0, 3, 1, 4)
+        outputs.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def padded(qkv: Tensor, groups: Groups) -> Tensor:
+    lengths = torch.tensor([length for n, length in groups for _ in range(n)])
+    longest = int(lengths.max())
+    inside = torch.arange(longest) < lengths[:, None]
+    batch = qkv.new_zeros(len(lengths), longest, *qkv.shape[1:]).masked_scatter(
+        inside[:, :, None, None, None], qkv
+    )
+    query, key, value = batch.permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=inside[:, None, None])
+    return attended.transpose(1, 2)[inside]
+
+
+def per_sequence(qkv: Tensor, groups: Groups) -> Tensor:
+    outputs = []
+    for part in qkv.split([length for n, length in groups for _ in range(n)]):
+        query, key, value = part.permute(1, 2, 0, 3)[:, None]
+        outputs.append(F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+PEERS: dict[str, Callable[[Tensor, Groups], Tensor]] = {
+    "SDPA, per group": per_group,
+    "SDPA, padded": padded,
+    "SDPA, per sequence": per_sequence,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def bench_packed_attention(benchmark, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("mix", "images", "model", "peer"),
+    [
+        *((mix, 4, "ViT-S", "SDPA, per group") for mix in MIXES),
+        *((mix, n, "ViT-S", "SDPA, per group") for mix in list(MIXES)[3:] for n in (16, 64)),
+        ("student, second half", 4, "ViT-B", "SDPA, per group"),
+        ("student, second half", 4, "ViT-G", "SDPA, per group"),
+        ("student, second half", 4, "ViT-S", "SDPA, padded"),
+        ("student, second half", 4, "ViT-S", "SDPA, per sequence"),
+        ("locals, student", 16, "ViT-S", "SDPA, per sequence"),
+    ],
+)
+def bench_packed_attention(
+    benchmark, mix: str, images: int, model: str, peer: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    heads, head_dim, longest = 6, 64, max(length for _, length in GROUPS)
-    qkv = torch.randn(sum(n * length for n, length in GROUPS), 3, heads, head_dim).to(dtype).requires_grad_()
-    lengths = torch.tensor([length for n, length in GROUPS for _ in range(n)])
-    inside = torch.arange(longest) < lengths[:, None]
+    groups = [(crops * images, length) for crops, length in MIXES[mix]]
+    rows, heads = sum(n * length for n, length in groups), HEADS[model]
+    qkv = torch.randn(rows, 3, heads, HEAD_DIM).to(dtype).requires_grad_()
+    gradient = torch.randn(rows, heads, HEAD_DIM).to(dtype)
 
-    def ours() -> list[torch.Tensor]:
-        output = ops.packed_attention(qkv, GROUPS)
-        return [output, *torch.autograd.grad(output.float().square().sum(), qkv)]
-
-    def theirs() -> list[torch.Tensor]:
-        padded = qkv.new_zeros(len(lengths), longest, 3, heads, head_dim)
-        padded = padded.masked_scatter(inside[:, :, None, None, None], qkv)
-        query, key, value = padded.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=inside[:, None, None])
-        output = attended.transpose(1, 2)[inside]
-        return [output, *torch.autograd.grad(output.float().square().sum(), qkv)]
+    def run(function: Callable[[Tensor, Groups], Tensor]) -> list[Tensor]:
+        output = function(qkv, groups)
+        return [output, *torch.autograd.grad(output, qkv, gradient)]
 
     compare(
         benchmark, op="packed_attention", backend=_dispatch.resolve("packed_attention", "cpu").backend,
-        peer="SDPA, padded", ours=ours, theirs=theirs, same=all_close(2e-2 if dtype == torch.bfloat16 else 1e-4),
-        dtype=str(dtype).removeprefix("torch."), shape="8x315 + 32x8, 6 heads of 64, fwd+bwd",
+        peer=peer, ours=lambda: run(ops.packed_attention), theirs=lambda: run(PEERS[peer]),
+        same=all_close(2e-2 if dtype == torch.bfloat16 else 1e-4), pairs=9,
+        dtype=str(dtype).removeprefix("torch."),
+        flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
+        shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, {model}, fwd+bwd{MALLOC}",
     )  # fmt: skip

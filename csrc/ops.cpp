@@ -35,4 +35,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
   m.def(
       "gram_backward(Tensor v, Tensor g, Tensor columns, Tensor right, bool by_rows, Tensor(a!) dz, Tensor(b!) dv, "
       "Tensor(c!) dg) -> ()");
+  m.def(
+      "attention_forward(Tensor qkv, Tensor starts, float scale, Tensor(a!) out, Tensor(b!) softmax) -> ()");
+  m.def(
+      "attention_backward(Tensor gradient, Tensor qkv, Tensor starts, float scale, Tensor out, Tensor softmax, "
+      "Tensor(a!) qkv_gradient) -> ()");
 }

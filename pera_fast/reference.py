@@ -276,7 +276,7 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: floa
         weights = torch.softmax(query @ key.mT * scale, dim=-1)
         outputs.append((weights @ value).transpose(1, 2).flatten(0, 1))
         start += sequences * length
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else qkv[:, 0]
 
 
 # --- residual_norm --------------------------------------------------------------------------------------

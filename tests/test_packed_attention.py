@@ -1,25 +1,65 @@
 """packed_attention: each sequence attends to itself alone, as softmax(q kᵀ scale) v says."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import three_way
 
 from pera_fast import ops, reference
+from pera_fast.ops import _library
 
-MIXES = [[(4, 8), (3, 23)], [(2, 158), (5, 8)], [(1, 1)], [(0, 5), (2, 3)], [(7, 13)]]
+needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
+MIXES = [[(4, 8), (3, 23)], [(2, 158), (5, 8)], [(1, 1)], [(0, 5), (2, 3)], [(7, 13)], [(1, 471), (300, 1)]]
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "torch"])
 @pytest.mark.parametrize("groups", MIXES)
-@pytest.mark.parametrize("head_dim", [32, 64, 80])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numerics(groups: list[tuple[int, int]], head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 20])
+@pytest.mark.parametrize("dtype", SLACK)
+def test_numerics(
+    groups: list[tuple[int, int]],
+    head_dim: int,
+    dtype: torch.dtype,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"packed_attention={backend}")
     torch.manual_seed(0)
     qkv = torch.randn(sum(n * length for n, length in groups), 3, 2, head_dim).to(dtype)
-    slack = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
     scale = head_dim**-0.5
     three_way(
         lambda x: ops.packed_attention(x, groups), lambda x: reference.packed_attention(x, groups, scale), qkv,
-        slack=slack,
+        slack=SLACK[dtype],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", SLACK)
+@pytest.mark.parametrize("seed", range(4))
+def test_numerics_of_random_lengths(seed: int, dtype: torch.dtype) -> None:
+    """1 to 300 sequences of up to 600 rows, some empty, through cu_seqlens and as q, k, v; other scales."""
+    random = torch.Generator().manual_seed(seed)
+    sequences = int(torch.randint(1, [300, 30, 6, 2][seed] + 1, (), generator=random))
+    lengths = torch.randint(0, [8, 60, 300, 600][seed] + 1, (sequences,), generator=random)
+    lengths[0] = max(int(lengths[0]), 1)
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
+    qkv = torch.randn(int(lengths.sum()), 3, 2, 32, generator=random).to(dtype)
+    groups, scale = [(1, n) for n in lengths.tolist() if n], 0.05 + seed
+    three_way(
+        lambda x: ops.packed_attention(x.unbind(1), scale=scale, cu_seqlens=starts),
+        lambda x: reference.packed_attention(x, groups, scale),
+        qkv,
+        slack=SLACK[dtype] * (1 + 8 * scale),
+    )
+    torch.testing.assert_close(
+        ops.packed_attention(qkv, cu_seqlens=starts, scale=scale),
+        ops.packed_attention(qkv, groups, scale), rtol=0, atol=0,
     )  # fmt: skip
 
 
@@ -27,10 +67,11 @@ def test_sequences_do_not_see_each_other() -> None:
     qkv = torch.randn(3 * 4 + 2 * 5, 3, 2, 8)
     groups = [(3, 4), (2, 5)]
     before = ops.packed_attention(qkv, groups)
-    qkv[4:8] = 100.0  # the second sequence
+    qkv[4:8] = torch.nan  # the second sequence
     after = ops.packed_attention(qkv, groups)
     torch.testing.assert_close(after[:4], before[:4], rtol=0, atol=0)
     torch.testing.assert_close(after[8:], before[8:], rtol=0, atol=0)
+    assert after[4:8].isnan().all()
 
 
 def test_uniform_scores_average_the_values_exactly() -> None:
@@ -38,6 +79,14 @@ def test_uniform_scores_average_the_values_exactly() -> None:
     qkv[:, 2, 0, 0] = torch.tensor([1.0, 3.0, 5.0, 7.0, 2.0, 4.0])
     got = ops.packed_attention(qkv, [(1, 4), (1, 2)])[:, 0, 0]
     assert got.tolist() == [4.0] * 4 + [3.0] * 2
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_large_scores_stay_finite(size: float) -> None:
+    qkv = (size * torch.randn(100, 3, 2, 64)).requires_grad_()
+    out = ops.packed_attention(qkv, [(5, 20)])
+    (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert out.isfinite().all() and gradient.isfinite().all()
 
 
 def test_non_contiguous_input() -> None:
@@ -48,22 +97,131 @@ def test_non_contiguous_input() -> None:
     )
 
 
+@needs_cpp
+def test_same_bits_for_any_number_of_threads() -> None:
+    qkv, groups = torch.randn(2 * 315 + 16 * 8, 3, 3, 64, requires_grad=True), [(2, 315), (16, 8)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = ops.packed_attention(qkv, groups)
+            results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ON_ONE_ISA = """
+import sys, torch
+import test_packed_attention as tests
+names = ("baseline", "avx2", "avx512")
+assert torch.ops.pera_fast.isa() == names.index(sys.argv[1])
+for groups in tests.MIXES:
+    for head_dim in (64, 80, 20):
+        for dtype in tests.SLACK:
+            with tests.pytest.MonkeyPatch.context() as patch:
+                tests.test_numerics(groups, head_dim, dtype, "cpp", patch)
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set(capability: str) -> None:
+    if torch.ops.pera_fast.isa() < ["baseline", "avx2", "avx512"].index(capability):
+        pytest.skip(f"this processor has no {capability}")
+    environment = {
+        **os.environ,
+        "PERA_FAST_CPU_CAPABILITY": capability,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", ON_ONE_ISA, capability],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    qkv = torch.randn(11, 3, 2, 16, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.pera_fast.packed_attention.default, (qkv, [2, 1], [3, 5], 0.3))
+
+
+@needs_cpp
+def test_compiles_without_a_break() -> None:
+    qkv = torch.randn(22, 3, 2, 8, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        return ops.packed_attention(qkv, [(3, 4), (2, 5)]).square().sum()
+
+    (want,) = torch.autograd.grad(loss(), qkv)
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), qkv)
+    torch.testing.assert_close(got, want)
+
+
+def bad(rows: int = 6, **arguments: object) -> dict[str, object]:
+    return {"qkv": torch.zeros(rows, 3, 1, 4), **arguments}
+
+
 @pytest.mark.parametrize(
-    ("shape", "groups", "sentence"),
+    ("arguments", "sentence"),
     [
-        ((6, 2, 1, 4), [(1, 6)], r"qkv: expected shape .* got \[6, 2, 1, 4\]"),
-        ((6, 3, 1, 4), [(1, 5)], r"groups: .* 6 rows of qkv, got 5"),
-        ((6, 3, 1, 4), [(1, 6), (1, 0)], r"groups: expected \(sequences >= 0, length >= 1\)"),
+        ({"qkv": torch.zeros(6, 2, 1, 4), "groups": [(1, 6)]}, r"qkv: expected shape .* got \[6, 2, 1, 4\]"),
+        (bad(groups=[(1, 5)]), r"groups: .* 6 rows of qkv, got 5"),
+        (bad(groups=[(1, 6), (1, 0)]), r"groups: expected \(sequences >= 0, length >= 1\)"),
+        (bad(), "groups, cu_seqlens: expected one of the two, got none"),
+        (bad(groups=[(1, 6)], cu_seqlens=torch.tensor([0, 6])), "expected one of the two, got both"),
+        (bad(cu_seqlens=torch.tensor([1, 6])), "cu_seqlens: expected 0 first and 6 rows last, got 1 and 6"),
+        (bad(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens: expected 0 first and 6 rows last, got 0 and 5"),
+        (
+            bad(cu_seqlens=torch.tensor([0, 4, 2, 6])),
+            "cu_seqlens: expected no decrease, got a sequence of -2 rows",
+        ),
+        (
+            bad(cu_seqlens=torch.tensor([0.0, 6.0])),
+            "cu_seqlens: expected int32 or int64 .* got torch.float32",
+        ),
+        (
+            {"qkv": torch.zeros(6, 3, 1, 300), "groups": [(1, 6)]},
+            "qkv: expected a head_dim of 1 to 256, got 300",
+        ),
+        (
+            {
+                "qkv": (torch.zeros(6, 1, 4), torch.zeros(6, 1, 4).half(), torch.zeros(6, 1, 4)),
+                "groups": [(1, 6)],
+            },
+            "k: expected shape, dtype and device of q, .*float16",
+        ),
+        (
+            {"qkv": (torch.zeros(6, 1, 4), torch.zeros(6, 1, 4), torch.zeros(5, 1, 4)), "groups": [(1, 6)]},
+            r"v: expected .* got .*\[5, 1, 4\]",
+        ),
+        (
+            {"qkv": (torch.zeros(6, 1, 4, device="meta"), *torch.zeros(2, 6, 1, 4)), "groups": [(1, 6)]},
+            "k: expected .*meta.* got .*cpu",
+        ),
+        (
+            {"qkv": torch.zeros(6, 3, 1, 4).long(), "groups": [(1, 6)]},
+            "floating-point tensor, got torch.int64",
+        ),
     ],
 )
-def test_bad_input(shape: tuple[int, ...], groups: list[tuple[int, int]], sentence: str) -> None:
+def test_bad_input(arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        ops.packed_attention(torch.zeros(shape), groups)
+        ops.packed_attention(**arguments)  # type: ignore[arg-type]
 
 
-def test_integers_are_refused() -> None:
-    with pytest.raises(ValueError, match="qkv: expected a floating-point tensor, got torch.int64"):
-        ops.packed_attention(torch.zeros(6, 3, 1, 4, dtype=torch.int64), [(1, 6)])
+def test_no_rows_at_all() -> None:
+    qkv = torch.zeros(0, 3, 2, 8, requires_grad=True)
+    for arguments in ({"groups": []}, {"groups": [(0, 8)]}, {"cu_seqlens": torch.tensor([0, 0])}):
+        out = ops.packed_attention(qkv, **arguments)
+        assert out.shape == (0, 2, 8)
+        assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
 
 
 def test_gradients_of_the_reference() -> None:

@@ -1,21 +1,8 @@
 // The CPU kernels of distill_loss, compiled once per instruction set (for_each_isa.h). Rows lie together in
 // memory, so the loops run over rows and need no sum across a vector.
 
+#include "numbers.h"
 #include "product.h"
-
-struct Float32 {
-  typedef float Type;
-  static inline float to(float x) { return x; }
-  static inline float from(float x) { return x; }
-};
-
-struct Bfloat16 {
-  typedef uint16_t Type;
-  static inline float to(uint16_t bits) {
-    return float_of(static_cast<uint32_t>(bits) << 16);
-  }
-  static inline uint16_t from(float x) { return bfloat16_of(x); }
-};
 
 // x = raw teacher * scale_x - shift_x and y = raw student * scale_y for one prototype.
 struct Scales {

@@ -12,22 +12,21 @@ inline Lanes broadcast(float x) { return (Lanes)_mm512_set1_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-constexpr int kTileRows = 8;  // with 3 vectors: 24 sums, 3 of b and one of a in 32 registers
+constexpr bool kHas32Registers = true;
 #elif PERA_FAST_ISA == 1
 typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
 inline Lanes broadcast(float x) { return (Lanes)_mm256_set1_ps(x); }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
-constexpr int kTileRows = 4;  // 12, 3 and 1 in 16 registers
+constexpr bool kHas32Registers = false;
 #else
 typedef float Lanes __attribute__((vector_size(16), aligned(4), may_alias));
 inline Lanes broadcast(float x) { return Lanes{x, x, x, x}; }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
-constexpr int kTileRows = 4;
+constexpr bool kHas32Registers = false;
 #endif
 constexpr int kLanes = sizeof(Lanes) / sizeof(float);
-constexpr int kTileVectors = 3;
 
 // c + a · b where each lane of a and b is a pair of bfloat16.
 inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
@@ -80,9 +79,11 @@ inline void product_tile(
 template <bool pairs, int vectors>
 inline void product_columns(
     const float* a, const float* b, float* c, const Strides& stride, int64_t rows, int64_t depth, bool add) {
+  // Sums, one row of b and one number of a fill the registers: 8 x 3 + 3 + 1 or 6 x 4 + 4 + 1 of 32, 4 x 3 + 3 + 1.
+  constexpr int kRows = kHas32Registers ? (vectors == 4 ? 6 : 8) : 4;
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    product_tile<pairs, kTileRows, vectors>(a + i * stride.a_row, b, c + i * stride.c_row, stride, depth, add);
+  for (; i + kRows <= rows; i += kRows) {
+    product_tile<pairs, kRows, vectors>(a + i * stride.a_row, b, c + i * stride.c_row, stride, depth, add);
   }
   for (; i + 2 <= rows; i += 2) {
     product_tile<pairs, 2, vectors>(a + i * stride.a_row, b, c + i * stride.c_row, stride, depth, add);
@@ -95,11 +96,20 @@ inline void product(
     const float* a, const float* b, float* c, const Strides& stride, int64_t rows, int64_t columns,
     int64_t depth, bool add) {
   int64_t j = 0;
-  for (; j + 3 * kLanes <= columns; j += 3 * kLanes) {
-    product_columns<pairs, 3>(a, b + j, c + j, stride, rows, depth, add);
-  }
-  for (; j + kLanes <= columns; j += kLanes) {
-    product_columns<pairs, 1>(a, b + j, c + j, stride, rows, depth, add);
+  for (int64_t left = columns / kLanes; left > 0; left = (columns - j) / kLanes) {
+    if (kHas32Registers && left >= 4 && left % 3 == 1) {
+      product_columns<pairs, 4>(a, b + j, c + j, stride, rows, depth, add);
+      j += 4 * kLanes;
+    } else if (left >= 3) {
+      product_columns<pairs, 3>(a, b + j, c + j, stride, rows, depth, add);
+      j += 3 * kLanes;
+    } else if (left == 2) {
+      product_columns<pairs, 2>(a, b + j, c + j, stride, rows, depth, add);
+      j += 2 * kLanes;
+    } else {
+      product_columns<pairs, 1>(a, b + j, c + j, stride, rows, depth, add);
+      j += kLanes;
+    }
   }
   // A last piece narrower than a vector, of float32 alone: callers pad pairs.
   for (; !pairs && j < columns; ++j) {

@@ -40,6 +40,7 @@ class Implementation:
 
 
 _registry: dict[str, list[Implementation]] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}  # by op and backend
 _warned: set[tuple[str, str]] = set()
 
 
@@ -50,6 +51,7 @@ def register(
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     _registry.setdefault(op, []).append(Implementation(backend, function, why_missing))
+    _functions[op, backend] = function
 
 
 def registered() -> dict[str, list[Implementation]]:
@@ -102,3 +104,8 @@ def resolve(op: str, device_type: str) -> Implementation:
         if needs == device_type:
             skipped.append(f"{implementation.backend} {reason}")
     raise BackendError(f"{op}: no backend is usable for {device_type} tensors")
+
+
+def function(op: str, device_type: str) -> Callable[..., Any]:
+    """The function of `resolve`; torch.compile sees through the choice, which it takes for constant."""
+    return _functions[op, resolve(op, device_type).backend]

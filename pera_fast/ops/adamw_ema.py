@@ -50,7 +50,7 @@ def adamw_ema(
         raise ValueError(f"step: expected at least 1, got {step}")
     if not params:
         return
-    _dispatch.resolve("adamw_ema", params[0].device.type).function(
+    _dispatch.function("adamw_ema", params[0].device.type)(
         params, grads, exp_avgs, exp_avg_sqs, teachers, step=step, lr=lr, weight_decay=weight_decay, betas=betas,
         eps=eps, clip_coefficient=clip_coefficient, momentum=momentum,
     )  # fmt: skip

@@ -132,7 +132,7 @@ def crop_patches(
                     f"got {list(rows.shape)} {rows.dtype} on {rows.device}"
                 )
     assert out is not None
-    _dispatch.resolve("crop_patches", mean.device.type).function(
+    _dispatch.function("crop_patches", mean.device.type)(
         images, table, patches, crop_px, patch_px, mean, std, exact, leading_rows, out
     )
     return out

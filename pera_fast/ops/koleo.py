@@ -32,7 +32,7 @@ def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if z.shape[1] < 2:
         _warn_of_one_row()
     with torch.autocast(z.device.type, enabled=False):
-        return _dispatch.resolve("koleo", z.device.type).function(_prototypes.at_least_float32(z), v, g)
+        return _dispatch.function("koleo", z.device.type)(_prototypes.at_least_float32(z), v, g)
 
 
 @functools.cache

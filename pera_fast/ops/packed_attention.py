@@ -2,39 +2,158 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pera_fast import reference
-from pera_fast.ops import _dispatch
+from pera_fast.ops import _dispatch, _library
+
+Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
 
-def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float | None = None) -> Tensor:
-    """Scaled dot-product attention within each sequence.
+def packed_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    groups: Groups | None = None,
+    scale: float | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Scaled dot-product attention within each sequence: softmax(q kᵀ · scale) v. No row is padded.
 
-    qkv: float [rows, 3, heads, head_dim]; the sequences' rows lie one after the other.
+    qkv: float32, bfloat16, float16 or float64 [rows, 3, heads, head_dim], the sequences' rows one after the
+    other; or (q, k, v) of [rows, heads, head_dim] each, which are copied together.
     groups: (number of sequences, their length) of each run of equally long sequences, in row order.
-    scale: factor on the scores, default head_dim ** -0.5.
+    cu_seqlens: in place of groups, int32 or int64 [sequences + 1], where each sequence starts and the last one
+    ends, from 0 to rows; empty sequences are fine. On a GPU reading it waits for the device; groups does not.
+    scale: factor on the scores, default head_dim ** -0.5. head_dim: 1 to 256.
 
-    Returns [rows, heads, head_dim] in qkv's dtype. Raises ValueError when the shapes do not fit.
+    Returns [rows, heads, head_dim] in qkv's dtype; sums are float32 or better. Equal calls give equal bits.
+    Raises ValueError naming the argument when shapes, dtypes or devices do not fit.
     """
+    if not isinstance(qkv, Tensor):
+        qkv = _joined(*qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected shape [rows, 3, heads, head_dim], got {list(qkv.shape)}")
     if not qkv.is_floating_point():
         raise ValueError(f"qkv: expected a floating-point tensor, got {qkv.dtype}")
-    if any(sequences < 0 or length < 1 for sequences, length in groups):
+    if not 1 <= qkv.shape[3] <= 256:
+        raise ValueError(f"qkv: expected a head_dim of 1 to 256, got {qkv.shape[3]}")
+    if (groups is None) == (cu_seqlens is None):
+        raise ValueError(
+            "groups, cu_seqlens: expected one of the two, got " + ("both", "none")[groups is None]
+        )
+    if groups is None:
+        assert cu_seqlens is not None
+        groups = _groups_of(cu_seqlens, len(qkv))
+    elif any(sequences < 0 or length < 1 for sequences, length in groups):
         raise ValueError(f"groups: expected (sequences >= 0, length >= 1) pairs, got {list(groups)}")
     rows = sum(sequences * length for sequences, length in groups)
     if rows != qkv.shape[0]:
         raise ValueError(f"groups: expected sequences that add up to {qkv.shape[0]} rows of qkv, got {rows}")
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return _dispatch.resolve("packed_attention", qkv.device.type).function(qkv, groups, scale)
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    return _dispatch.function("packed_attention", qkv.device.type)(qkv, groups, scale)
 
 
-def _sdpa(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tensor:
+def _joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    for name, x in (("k", key), ("v", value)):
+        got, expected = ((list(t.shape), t.dtype, t.device) for t in (x, query))
+        if got != expected:
+            raise ValueError(f"{name}: expected shape, dtype and device of q, {expected}, got {got}")
+    if query.dim() != 3:
+        raise ValueError(f"q: expected shape [rows, heads, head_dim], got {list(query.shape)}")
+    return torch.stack((query, key, value), 1)
+
+
+def _groups_of(cu_seqlens: Tensor, rows: int) -> Groups:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: expected int32 or int64 [sequences + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    starts = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    if starts[0] != 0 or starts[-1] != rows:
+        raise ValueError(
+            f"cu_seqlens: expected 0 first and {rows} rows last, got {starts[0]} and {starts[-1]}"
+        )
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens: expected no decrease, got a sequence of {min(lengths)} rows")
+    return [(len(list(run)), length) for length, run in groupby(lengths) if length]
+
+
+@functools.lru_cache(maxsize=256)
+def _starts(groups: tuple[tuple[int, int], ...]) -> Tensor:
+    """Where each sequence starts and the last one ends, int64 [sequences + 1] on the CPU."""
+    lengths = [length for sequences, length in groups for _ in range(sequences)]
+    return torch.tensor(list(accumulate(lengths, initial=0)))
+
+
+def _pairs(counts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(counts, lengths, strict=True))
+
+
+@torch.library.custom_op("pera_fast::packed_attention", mutates_args=())
+def _forward(
+    qkv: Tensor, counts: Sequence[int], lengths: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [rows, heads, head_dim]; each row's largest score and 1 / Σ exp, float32 [heads, 2, rows]."""
+    rows, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(rows, heads, head_dim)
+    softmax = qkv.new_empty(heads, 2, rows, dtype=torch.float32)
+    torch.ops.pera_fast.attention_forward(qkv, _starts(_pairs(counts, lengths)), scale, out, softmax)
+    return out, softmax
+
+
+@_forward.register_fake
+def _(qkv, counts, lengths, scale):  # type: ignore[no-untyped-def]
+    rows, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, 2, rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("pera_fast::packed_attention_backward", mutates_args=())
+def _backward(
+    gradient: Tensor, qkv: Tensor, out: Tensor, softmax: Tensor, counts: Sequence[int], lengths: Sequence[int],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    qkv_gradient = torch.empty_like(qkv)
+    torch.ops.pera_fast.attention_backward(
+        gradient.contiguous(), qkv, _starts(_pairs(counts, lengths)), scale, out, softmax, qkv_gradient
+    )
+    return qkv_gradient
+
+
+@_backward.register_fake
+def _(gradient, qkv, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(qkv)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    qkv, *ctx.rest = inputs
+    ctx.save_for_backward(qkv, *output)
+
+
+def _gradients(ctx, gradient, _):  # type: ignore[no-untyped-def]
+    return _backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
+    if qkv.dtype == torch.float64:
+        return _sdpa(qkv, groups, scale)
+    if qkv.dtype == torch.float16 and qkv.device.type == "cpu":
+        return _kernels(qkv.float(), groups, scale).half()  # rare on a CPU, and exact in float32
+    counts, lengths = [n for n, _ in groups], [length for _, length in groups]
+    return _forward(qkv.contiguous(), counts, lengths, scale)[0]
+
+
+def _sdpa(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     outputs, start = [], 0
     for sequences, length in groups:
         part = qkv[start : start + sequences * length].unflatten(0, (sequences, length))
@@ -42,8 +161,13 @@ def _sdpa(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tenso
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
         start += sequences * length
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else qkv[:, 0]
 
 
+if _library.why_no_cpp() is None:
+    torch.library.register_fake("pera_fast::attention_forward", lambda *_: None)
+    torch.library.register_fake("pera_fast::attention_backward", lambda *_: None)
+
+_dispatch.register("packed_attention", "cpp", _kernels, _library.why_no_cpp)
 _dispatch.register("packed_attention", "torch", _sdpa)
 _dispatch.register("packed_attention", "reference", reference.packed_attention)

@@ -27,7 +27,7 @@ def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> T
         raise ValueError(f"table: expected shape [T, {weight.shape[0]}], got {list(table.shape)}")
     if index.dtype != torch.int64 or index.shape != rows.shape[:1]:
         raise ValueError(f"index: expected int64 [{len(rows)}], got {index.dtype} {list(index.shape)}")
-    return _dispatch.resolve("patch_embed", rows.device.type).function(rows, weight, table, index)
+    return _dispatch.function("patch_embed", rows.device.type)(rows, weight, table, index)
 
 
 def _library(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def residual_norm(
             raise ValueError(f"branch: expected shape {expected}, got {list(branch.shape)}")
         if scale is not None and list(scale.shape) != expected[:1]:
             raise ValueError(f"scale: expected shape {expected[:1]}, got {list(scale.shape)}")
-    function = _dispatch.resolve("residual_norm", x.device.type).function
+    function = _dispatch.function("residual_norm", x.device.type)
     return function(x, branch, rows, scale, next_rows, weight, bias, eps)
 
 

@@ -1,0 +1,236 @@
+// The CPU kernels of packed_attention, compiled once per instruction set (for_each_isa.h). One sequence and head
+// at a time, a block of queries against all keys: [keys, queries], so that a query's sums run down a lane and none
+// across a vector. The block stays in cache, so no running softmax is needed. Sums and products are float32
+// whatever the rows' dtype.
+
+#include "numbers.h"
+#include "product.h"
+
+constexpr int64_t kQueries = 48;  // of a block: three vectors of 16, as product.h likes them
+
+// Lanes of a block; those beyond its queries hold what they will.
+inline int64_t lanes_of(int64_t queries) { return (queries + 15) / 16 * 16; }
+
+// Floats that a pass over a sequence of this length needs.
+inline int64_t attention_room(const AttentionProblem& p, int64_t length, bool backward) {
+  const int64_t scores = length * kQueries, columns = p.dim * kQueries, rows = length * p.dim;
+  if (!backward) return scores + columns + (p.is_bfloat16 ? 2 * rows + columns : 0);
+  return 2 * (scores + columns) + (p.is_bfloat16 ? 6 * rows + columns : 0);
+}
+
+// Hands out parts of a thread's room.
+struct Room {
+  float* next;
+  float* take(int64_t count) {
+    float* const part = next;
+    next += count;
+    return part;
+  }
+};
+
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+#ifdef __clang__
+#define PERA_FAST_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define PERA_FAST_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, FourIndices{i, j, k, l})
+typedef int32_t FourIndices __attribute__((vector_size(16)));
+#endif
+
+template <class As>
+inline Four load_four(const typename As::Type* from) {
+  return Four{As::to(from[0]), As::to(from[1]), As::to(from[2]), As::to(from[3])};
+}
+
+// rows [n, dim] of a larger matrix -> columns [dim, stride]; up to three more of each are written, n <= stride.
+template <class As>
+inline void transpose(
+    const typename As::Type* from, int64_t from_stride, int64_t n, int64_t dim, float* to, int64_t stride) {
+  for (int64_t j = 0; j < n; j += 4) {
+    const typename As::Type *const a = from + j * from_stride, *const b = j + 1 < n ? a + from_stride : a;
+    const typename As::Type *const c = j + 2 < n ? b + from_stride : a, *const e = j + 3 < n ? c + from_stride : a;
+    int64_t d = 0;
+    for (; d + 4 <= dim; d += 4) {
+      const Four four_a = load_four<As>(a + d), four_b = load_four<As>(b + d);
+      const Four four_c = load_four<As>(c + d), four_e = load_four<As>(e + d);
+      const Four low_ab = PERA_FAST_SHUFFLE(four_a, four_b, 0, 4, 1, 5);
+      const Four high_ab = PERA_FAST_SHUFFLE(four_a, four_b, 2, 6, 3, 7);
+      const Four low_ce = PERA_FAST_SHUFFLE(four_c, four_e, 0, 4, 1, 5);
+      const Four high_ce = PERA_FAST_SHUFFLE(four_c, four_e, 2, 6, 3, 7);
+      float* const out = to + d * stride + j;
+      *reinterpret_cast<Four*>(out) = PERA_FAST_SHUFFLE(low_ab, low_ce, 0, 1, 4, 5);
+      *reinterpret_cast<Four*>(out + stride) = PERA_FAST_SHUFFLE(low_ab, low_ce, 2, 3, 6, 7);
+      *reinterpret_cast<Four*>(out + 2 * stride) = PERA_FAST_SHUFFLE(high_ab, high_ce, 0, 1, 4, 5);
+      *reinterpret_cast<Four*>(out + 3 * stride) = PERA_FAST_SHUFFLE(high_ab, high_ce, 2, 3, 6, 7);
+    }
+    for (; d < dim; ++d) {
+      float* const out = to + d * stride + j;
+      out[0] = As::to(a[d]);
+      out[1] = As::to(b[d]);
+      out[2] = As::to(c[d]);
+      out[3] = As::to(e[d]);
+    }
+  }
+}
+
+#undef PERA_FAST_SHUFFLE
+
+// A matrix of float32 rows.
+struct Rows {
+  const float* base;
+  int64_t stride;
+};
+
+// The rows themselves where they are float32, else as float32 in `room`.
+inline Rows as_floats(const float* from, int64_t stride, int64_t, int64_t, Room&) { return {from, stride}; }
+
+inline Rows as_floats(const uint16_t* from, int64_t stride, int64_t n, int64_t dim, Room& room) {
+  float* const to = room.take(n * dim);
+  for (int64_t i = 0; i < n; ++i) {
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) to[i * dim + d] = Bfloat16::to(from[i * stride + d]);
+  }
+  return {to, dim};
+}
+
+// Where a product goes: straight into float32 rows, else into `room`, from where `store` takes it.
+struct Target {
+  float* base;
+  int64_t stride;
+};
+
+inline Target target_of(float* to, int64_t stride, int64_t, int64_t, Room&) { return {to, stride}; }
+inline Target target_of(uint16_t*, int64_t, int64_t n, int64_t dim, Room& room) { return {room.take(n * dim), dim}; }
+
+inline void store(const Target&, float*, int64_t, int64_t, int64_t) {}
+inline void store(const Target& from, uint16_t* to, int64_t stride, int64_t n, int64_t dim) {
+  for (int64_t i = 0; i < n; ++i) {
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) to[i * stride + d] = Bfloat16::from(from.base[i * from.stride + d]);
+  }
+}
+
+template <class As>
+inline void forward(const AttentionProblem& p, const AttentionItem& item, float* base) {
+  typedef typename As::Type T;
+  const int64_t n = item.length, dim = p.dim, width = p.heads * dim;
+  const float scale = p.scale;
+  for (int64_t head = item.head; head < item.end_head; ++head) {
+    Room room{base};
+    const T* const query = static_cast<const T*>(p.qkv) + item.row * 3 * width + head * dim;
+    float *const weights = room.take(n * kQueries), *const query_columns = room.take(dim * kQueries);
+    const Rows key = as_floats(query + width, 3 * width, n, dim, room);
+    const Rows value = as_floats(query + 2 * width, 3 * width, n, dim, room);
+    for (int64_t first = 0; first < n; first += kQueries) {
+      Room block = room;
+      const int64_t m = n - first < kQueries ? n - first : kQueries, lanes = lanes_of(m);
+      T* const to = static_cast<T*>(p.out) + (item.row + first) * width + head * dim;
+      const Target out = target_of(to, width, m, dim, block);
+      transpose<As>(query + first * 3 * width, 3 * width, m, dim, query_columns, lanes);
+      product<false>(key.base, query_columns, weights, {key.stride, 1, lanes, lanes}, n, lanes, dim, false);
+      float largest[kQueries], sum[kQueries];
+      for (int64_t i = 0; i < lanes; ++i) {
+        largest[i] = weights[i];
+        sum[i] = 0.0f;
+      }
+      for (int64_t j = 1; j < n; ++j) {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+          const float x = weights[j * lanes + i];
+          largest[i] = x > largest[i] ? x : largest[i];
+        }
+      }
+      for (int64_t i = 0; i < lanes; ++i) largest[i] *= scale;
+      for (int64_t j = 0; j < n; ++j) {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+          const float e = exp_of_negative(weights[j * lanes + i] * scale - largest[i]);
+          sum[i] += e;
+          weights[j * lanes + i] = e;
+        }
+      }
+      product<false>(weights, value.base, out.base, {1, lanes, value.stride, out.stride}, m, dim, n, false);
+      float *const saved_largest = p.softmax + 2 * head * p.rows + item.row + first;
+      float *const saved_inverse = saved_largest + p.rows;
+      for (int64_t i = 0; i < m; ++i) {
+        const float inverse = 1.0f / sum[i];
+        saved_largest[i] = largest[i];
+        saved_inverse[i] = inverse;
+        float* const row = out.base + i * out.stride;
+#pragma omp simd
+        for (int64_t d = 0; d < dim; ++d) row[d] *= inverse;
+      }
+      store(out, to, width, m, dim);
+    }
+  }
+}
+
+template <class As>
+inline void backward(const AttentionProblem& p, const AttentionItem& item, float* base) {
+  typedef typename As::Type T;
+  const int64_t n = item.length, dim = p.dim, width = p.heads * dim;
+  const float scale = p.scale;
+  for (int64_t head = item.head; head < item.end_head; ++head) {
+    Room room{base};
+    const int64_t at = item.row * 3 * width + head * dim;
+    const T* const query = static_cast<const T*>(p.qkv) + at;
+    const T* const gradient = static_cast<const T*>(p.gradient) + item.row * width + head * dim;
+    T* const to = static_cast<T*>(p.qkv_gradient) + at;
+    float *const weights = room.take(n * kQueries), *const slopes = room.take(n * kQueries);
+    float *const query_columns = room.take(dim * kQueries), *const gradient_columns = room.take(dim * kQueries);
+    const Rows q = as_floats(query, 3 * width, n, dim, room);
+    const Rows key = as_floats(query + width, 3 * width, n, dim, room);
+    const Rows value = as_floats(query + 2 * width, 3 * width, n, dim, room);
+    const Rows g = as_floats(gradient, width, n, dim, room);
+    const Target key_to = target_of(to + width, 3 * width, n, dim, room);
+    const Target value_to = target_of(to + 2 * width, 3 * width, n, dim, room);
+    for (int64_t first = 0; first < n; first += kQueries) {
+      Room block = room;
+      const int64_t m = n - first < kQueries ? n - first : kQueries, lanes = lanes_of(m);
+      const float *const q_block = q.base + first * q.stride, *const g_block = g.base + first * g.stride;
+      const Target query_to = target_of(to + first * 3 * width, 3 * width, m, dim, block);
+      transpose<As>(query + first * 3 * width, 3 * width, m, dim, query_columns, lanes);
+      transpose<As>(gradient + first * width, width, m, dim, gradient_columns, lanes);
+      product<false>(key.base, query_columns, weights, {key.stride, 1, lanes, lanes}, n, lanes, dim, false);
+      product<false>(value.base, gradient_columns, slopes, {value.stride, 1, lanes, lanes}, n, lanes, dim, false);
+      const float *const saved_largest = p.softmax + 2 * head * p.rows + item.row + first;
+      const float *const saved_inverse = saved_largest + p.rows;
+      float largest[kQueries] = {}, inverse[kQueries] = {}, along[kQueries] = {};
+      for (int64_t i = 0; i < m; ++i) {
+        largest[i] = saved_largest[i];
+        inverse[i] = saved_inverse[i];
+      }
+      for (int64_t j = 0; j < n; ++j) {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+          const float weight = exp_of_negative(weights[j * lanes + i] * scale - largest[i]) * inverse[i];
+          weights[j * lanes + i] = weight;
+          along[i] += weight * slopes[j * lanes + i];
+        }
+      }
+      for (int64_t j = 0; j < n; ++j) {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+          slopes[j * lanes + i] = weights[j * lanes + i] * (slopes[j * lanes + i] - along[i]) * scale;
+        }
+      }
+      const bool add = first > 0;
+      product<false>(weights, g_block, value_to.base, {lanes, 1, g.stride, value_to.stride}, n, dim, m, add);
+      product<false>(slopes, q_block, key_to.base, {lanes, 1, q.stride, key_to.stride}, n, dim, m, add);
+      product<false>(slopes, key.base, query_to.base, {1, lanes, key.stride, query_to.stride}, m, dim, n, false);
+      store(query_to, to + first * 3 * width, 3 * width, m, dim);
+    }
+    store(key_to, to + width, 3 * width, n, dim);
+    store(value_to, to + 2 * width, 3 * width, n, dim);
+  }
+}
+
+void attention_forward(const AttentionProblem& p, const AttentionItem& item, float* room) {
+  if (p.is_bfloat16) forward<Bfloat16>(p, item, room);
+  else forward<Float32>(p, item, room);
+}
+
+void attention_backward(const AttentionProblem& p, const AttentionItem& item, float* room) {
+  if (p.is_bfloat16) backward<Bfloat16>(p, item, room);
+  else backward<Float32>(p, item, room);
+}

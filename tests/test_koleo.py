@@ -1,0 +1,84 @@
+"""koleo: against a search over pairs, and against float64."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import three_way
+
+from pera_fast import ops, reference
+
+module = sys.modules["pera_fast.ops.koleo"]  # the function of that name hides it
+
+
+def test_koleo_against_a_search_over_pairs() -> None:
+    random = torch.Generator().manual_seed(1)
+    z = F.normalize(torch.randn(2, 6, 5, generator=random, dtype=torch.float64), dim=-1)
+    v, g = torch.randn(30, 5, generator=random).double(), torch.ones(30, 1).double()
+    losses, neighbours = ops.koleo(z, v, g)
+    for rows, loss, found in zip(z, losses, neighbours, strict=True):
+        x = F.normalize(reference.prototype_logits(rows, v, g), dim=-1)
+        nearest = [min((float((x[i] - x[j]).norm()), j) for j in range(6) if j != i) for i in range(6)]
+        assert found.tolist() == [j for _, j in nearest]
+        assert float(loss) == pytest.approx(-sum(math.log(d + 1e-8) for d, _ in nearest) / 6, rel=1e-9)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.03, 0.001])  # rows as far apart as any, to almost equal
+@pytest.mark.parametrize(
+    ("crops", "rows", "prototypes", "dim"),
+    [(2, 8, 4096, 384), (1, 2, 513, 32), (3, 40, 700, 48), (2, 9, 300, 21)],
+)
+def test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(
+    crops: int, rows: int, prototypes: int, dim: int, spread: float
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(dim, generator=random) + spread * torch.randn(crops, rows, dim, generator=random)
+    v, g = torch.randn(prototypes, dim, generator=random), 1 + torch.rand(prototypes, 1, generator=random)
+    three_way(
+        lambda z, v, g: ops.koleo(z, v, g)[0],
+        lambda z, v, g: reference.koleo(z, v, g)[0],
+        F.normalize(z, dim=-1), v, g, slack=2e-6 / spread,
+    )  # fmt: skip
+
+
+def test_koleo_gradients_of_the_reference() -> None:
+    z, v = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (F.normalize(z, dim=-1), v, 1 + torch.rand(20, 1).double())]
+    assert torch.autograd.gradcheck(lambda *x: reference.koleo(*x)[0], leaves)
+
+
+def test_koleo_of_one_row_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    module._warn_of_one_row.cache_clear()
+    z = torch.ones(2, 1, 4, requires_grad=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            losses, _ = ops.koleo(z, torch.randn(9, 4), torch.ones(9, 1))
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0] and z.grad is not None and z.grad.abs().sum() == 0
+    assert caplog.text.count("KoLeo is 0") == 1
+
+
+def test_koleo_of_equal_rows_is_finite() -> None:
+    leaves = [x.requires_grad_() for x in (torch.ones(2, 3, 4), torch.randn(9, 4), torch.ones(9, 1))]
+    losses, _ = ops.koleo(*leaves)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("z", "sentence"),
+    [
+        (torch.zeros(3, 32), r"z: expected shape \[crops, n, d\] with at least one row, got \[3, 32\]"),
+        (torch.zeros(2, 0, 8), r"z: .* got \[2, 0, 8\]"),
+        (torch.zeros(2, 3, 7), r"v, g: expected v of shape \[K, 7\], got \[20, 32\]"),
+    ],
+)
+def test_bad_input_of_koleo(z: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ops.koleo(z, torch.zeros(20, 32), torch.ones(20, 1))

@@ -20,6 +20,7 @@ struct AttentionProblem {
 // One sequence's rows and the heads to work on.
 struct AttentionItem {
   int64_t row, length, head, end_head;
+  int64_t next_row;  // where the sequence begins that follows on this thread, or -1
 };
 
 }  // namespace pera_fast

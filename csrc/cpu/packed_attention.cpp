@@ -26,8 +26,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Shorter sequences are worth a thread's while with all their heads only.
-constexpr int64_t kEnoughRows = 64;
+// Shorter sequences are worth a thread's while with all their heads only, and this many at once.
+constexpr int64_t kEnoughRows = 64, kSequences = 8;
 
 AttentionProblem problem_of(const Tensor& qkv, double scale, const Tensor& out, const Tensor& softmax) {
   STD_TORCH_CHECK(
@@ -59,22 +59,34 @@ void for_each_item(const AttentionProblem& p, const Tensor& starts, bool backwar
   const int64_t sequences = starts.numel() - 1;
   STD_TORCH_CHECK(start[0] == 0 && start[sequences] == p.rows, "starts: expected 0 first and ", p.rows, " last");
   std::vector<AttentionItem> items;
+  std::vector<int64_t> pieces;  // where each piece of work starts in items
   int64_t longest = 0;
-  for (int64_t i = 0; i < sequences; ++i) {
+  for (int64_t i = 0, open = 0; i < sequences; ++i) {
     const int64_t length = start[i + 1] - start[i];
     STD_TORCH_CHECK(length >= 0, "starts: expected no decrease");
     if (length == 0) continue;
     longest = std::max(longest, length);
-    const int64_t heads = length < kEnoughRows ? p.heads : 1;
-    for (int64_t head = 0; head < p.heads; head += heads) items.push_back({start[i], length, head, head + heads});
+    const bool is_short = length < kEnoughRows;
+    for (int64_t head = 0; head < p.heads; head += is_short ? p.heads : 1) {
+      if (!is_short || open == 0 || open == kSequences) {
+        pieces.push_back(static_cast<int64_t>(items.size()));
+        open = 0;
+      }
+      items.push_back({start[i], length, head, is_short ? p.heads : head + 1, -1});
+      if (open > 0) items[items.size() - 2].next_row = start[i];
+      open = is_short ? open + 1 : 0;
+    }
   }
-  const int64_t count = static_cast<int64_t>(items.size());
+  pieces.push_back(static_cast<int64_t>(items.size()));
+  const int64_t count = static_cast<int64_t>(pieces.size()) - 1;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const std::unique_ptr<float[]> room(
         new float[static_cast<size_t>(baseline::attention_room(p, longest, backward))]());
-    for (int64_t i = next++; i < count; i = next++) kernel(p, items[static_cast<size_t>(i)], room.get());
+    for (int64_t piece = next++; piece < count; piece = next++) {
+      for (int64_t i = pieces[piece]; i < pieces[piece + 1]; ++i) kernel(p, items[i], room.get());
+    }
   });
 }
 

@@ -110,6 +110,17 @@ inline void store(const Target& from, uint16_t* to, int64_t stride, int64_t n, i
   }
 }
 
+// Calls for some rows of a larger matrix ahead of their use: short sequences are too short for the processor to
+// see them coming.
+template <class T>
+inline void prefetch(const T* from, int64_t stride, int64_t n, int64_t dim) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(from + i * stride + d, 0, 2);
+    }
+  }
+}
+
 template <class As>
 inline void forward(const AttentionProblem& p, const AttentionItem& item, float* base) {
   typedef typename As::Type T;
@@ -118,6 +129,10 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
   for (int64_t head = item.head; head < item.end_head; ++head) {
     Room room{base};
     const T* const query = static_cast<const T*>(p.qkv) + item.row * 3 * width + head * dim;
+    if (item.next_row >= 0) {
+      const int64_t ahead = (item.next_row - item.row) * 3 * width;
+      for (int64_t part = 0; part < 3; ++part) prefetch(query + ahead + part * width, 3 * width, n, dim);
+    }
     float *const weights = room.take(n * kQueries), *const query_columns = room.take(dim * kQueries);
     const Rows key = as_floats(query + width, 3 * width, n, dim, room);
     const Rows value = as_floats(query + 2 * width, 3 * width, n, dim, room);
@@ -176,6 +191,14 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
     const T* const query = static_cast<const T*>(p.qkv) + at;
     const T* const gradient = static_cast<const T*>(p.gradient) + item.row * width + head * dim;
     T* const to = static_cast<T*>(p.qkv_gradient) + at;
+    if (item.next_row >= 0) {
+      const int64_t ahead = (item.next_row - item.row) * width;
+      for (int64_t part = 0; part < 3; ++part) {
+        prefetch(query + 3 * ahead + part * width, 3 * width, n, dim);
+        prefetch(to + 3 * ahead + part * width, 3 * width, n, dim);
+      }
+      prefetch(gradient + ahead, width, n, dim);
+    }
     float *const weights = room.take(n * kQueries), *const slopes = room.take(n * kQueries);
     float *const query_columns = room.take(dim * kQueries), *const gradient_columns = room.take(dim * kQueries);
     const Rows q = as_floats(query, 3 * width, n, dim, room);

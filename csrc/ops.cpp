@@ -40,4 +40,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
   m.def(
       "attention_backward(Tensor gradient, Tensor qkv, Tensor starts, float scale, Tensor out, Tensor softmax, "
       "Tensor(a!) qkv_gradient) -> ()");
+  m.def(
+      "residual_norm_forward(Tensor(a!) x, Tensor? branch, Tensor? rows, Tensor? scale, Tensor? next_rows, "
+      "Tensor? weight, Tensor? bias, float eps, Tensor(b!)? y, Tensor(c!)? normalised, "
+      "Tensor(d!)? inverse_deviation) -> ()");
+  m.def(
+      "residual_norm_backward(Tensor? x_gradient, Tensor? y_gradient, Tensor? rows, Tensor? scale, "
+      "Tensor? next_rows, Tensor? weight, Tensor? normalised, Tensor? inverse_deviation, Tensor(a!) out, "
+      "Tensor(b!)? branch_gradient, Tensor(c!)? weight_gradient, Tensor(d!)? bias_gradient) -> ()");
 }

@@ -1,24 +1,93 @@
 """residual_norm: scatter-add of one branch, gather and LayerNorm for the next."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import three_way
 
 from pera_fast import ops, reference
+from pera_fast.ops import _library
+
+needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
 
 
 def test_against_a_loop_over_rows() -> None:
     torch.manual_seed(0)
-    x, branch = torch.randn(9, 16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
+    x, branch = torch.randn(9, 16), torch.randn(4, 16)
     rows, next_rows = torch.tensor([7, 0, 3, 4]), torch.tensor([8, 7, 1])
     scale = torch.tensor([1.5, 1.5, 2.0, 2.0])
-    weight, bias = torch.randn(16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
-    want = x.clone()
+    weight, bias = torch.randn(16), torch.randn(16)
+    want = x.double()
     for i, row in enumerate(rows.tolist()):
-        want[row] += scale[i] * branch[i]
+        want[row] += scale[i] * branch[i].double()
     got, normed = ops.residual_norm(x, branch, rows, scale, next_rows, weight, bias)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(normed, F.layer_norm(want[next_rows], (16,), weight, bias, 1e-6))
+    torch.testing.assert_close(got, want.float())
+    want_normed = F.layer_norm(want[next_rows], (16,), weight.double(), bias.double(), 1e-6)
+    torch.testing.assert_close(normed, want_normed.float())
+
+
+def case(rows: int, dim: int, part: float, branch_dtype: torch.dtype) -> dict[str, Any]:
+    """A stream, a branch on a part of its rows, in any order, and the next branch's part; 1: all, as None."""
+    random = torch.Generator().manual_seed(rows)
+
+    def subset() -> torch.Tensor | None:
+        return None if part == 1 else torch.randperm(rows, generator=random)[: max(1, int(rows * part))]
+
+    chosen, following = subset(), subset()
+    count = rows if chosen is None else len(chosen)
+    return {
+        "x": torch.randn(rows, dim, generator=random) + 3,
+        "branch": torch.randn(count, dim, generator=random).to(branch_dtype),
+        "rows": chosen,
+        "scale": None if part == 1 else 1 + torch.rand(count, generator=random),
+        "next_rows": following,
+        "weight": torch.randn(dim, generator=random),
+        "bias": torch.randn(dim, generator=random),
+    }
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("part", [0.3, 0.7, 1])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (7, 5), (300, 384), (2000, 40)])
+@pytest.mark.parametrize(
+    ("branch_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_numerics(
+    rows: int, dim: int, part: float, branch_dtype: torch.dtype, dtype: torch.dtype, inplace: bool
+) -> None:
+    c = case(rows, dim, part, branch_dtype)
+    low = torch.bfloat16 in (branch_dtype, dtype)
+
+    def both(function: Any, out: torch.dtype) -> Any:
+        def run(
+            x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        ) -> torch.Tensor:
+            stream, y = function(x * 1.0, branch, c["rows"], c["scale"], c["next_rows"], weight, bias, 1e-6)
+            return torch.cat((stream.flatten(), 0.1 * y.to(out).to(stream.dtype).flatten()))
+
+        return run
+
+    three_way(
+        both(lambda *a: ops.residual_norm(*a, dtype=dtype if a[0].dtype != torch.float64 else None,
+                                          inplace=inplace), dtype),
+        both(reference.residual_norm, torch.float64),
+        c["x"], c["branch"], c["weight"], c["bias"],
+        slack=5e-3 if low else 1e-6,
+    )  # fmt: skip
 
 
 def test_all_rows_is_plain_add_and_norm() -> None:
@@ -29,6 +98,105 @@ def test_all_rows_is_plain_add_and_norm() -> None:
     unchanged, _ = ops.residual_norm(x, None, None, None, None, torch.ones(8), torch.zeros(8))
     assert unchanged is x
     torch.testing.assert_close(ops.residual_add(x, branch, None, None), x + branch, rtol=0, atol=0)
+
+
+def test_inplace_writes_to_x_and_otherwise_x_stays() -> None:
+    x, branch, ones, zeros = torch.randn(5, 8), torch.randn(2, 8), torch.ones(8), torch.zeros(8)
+    before, rows = x.clone(), torch.tensor([4, 1])
+    after, _ = ops.residual_norm(x, branch, rows, None, None, ones, zeros)
+    assert torch.equal(x, before) and after is not x
+    again, _ = ops.residual_norm(x, branch, rows, None, None, ones, zeros, inplace=True)
+    assert again.data_ptr() == x.data_ptr() and torch.equal(x, after)
+
+
+@needs_cpp
+def test_a_chain_of_inplace_steps_equals_autograd_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches that feed on one another's normalised rows, as a transformer's do."""
+    torch.manual_seed(0)
+    start, weight, bias = torch.randn(40, 16), torch.randn(6, 16), torch.randn(6, 16)
+    subsets = [torch.randperm(40)[:28].sort().values for _ in range(6)]
+    scale = torch.full((28,), 40 / 28)
+
+    def run(inplace: bool) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (start, weight, bias)]
+        x, branch, last = leaves[0] * 1.0, None, None
+        for i, subset in enumerate(subsets):
+            x, y = ops.residual_norm(
+                x, branch, last, None if branch is None else scale, subset, leaves[1][i], leaves[2][i],
+                inplace=inplace,
+            )  # fmt: skip
+            branch, last = y.tanh(), subset
+        x = ops.residual_add(x, branch, last, scale, inplace=inplace)
+        return [x, *torch.autograd.grad(x.square().sum(), leaves)]
+
+    chained = run(inplace=True)
+    monkeypatch.setenv("PERA_FAST_BACKEND", "residual_norm=reference")
+    for got, want in zip(chained, run(inplace=False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+def test_same_bits_for_any_number_of_threads() -> None:
+    c = case(2000, 48, 0.7, torch.float32)
+    leaves = [c[name].requires_grad_() for name in ("x", "branch", "weight", "bias")]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x, y = ops.residual_norm(**c)
+            results.append([x, y, *torch.autograd.grad(x.sum() + y.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ON_ONE_ISA = """
+import sys, torch
+import test_residual_norm as tests
+assert torch.ops.pera_fast.isa() == ("baseline", "avx2", "avx512").index(sys.argv[1])
+for part in (0.7, 1):
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        tests.test_numerics(60, 37, part, *dtypes, True)
+"""
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set(capability: str) -> None:
+    if torch.ops.pera_fast.isa() < ["baseline", "avx2", "avx512"].index(capability):
+        pytest.skip(f"this processor has no {capability}")
+    environment = {
+        **os.environ,
+        "PERA_FAST_CPU_CAPABILITY": capability,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", ON_ONE_ISA, capability],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["rows", "next_rows"])
+@pytest.mark.parametrize(
+    ("values", "problem"), [([0, 9], "got 9"), ([-1, 2], "got -1"), ([2, 2], "row 2 twice")]
+)
+@needs_cpp
+def test_rows_that_are_not_there_or_twice(name: str, values: list[int], problem: str) -> None:
+    arguments = {"rows": torch.tensor([1, 3]), "next_rows": torch.tensor([1, 3]), name: torch.tensor(values)}
+    with pytest.raises(RuntimeError, match=f"{name}: .*{problem}"):
+        ops.residual_norm(
+            torch.zeros(6, 4),
+            torch.zeros(2, 4),
+            scale=None,
+            weight=torch.ones(4),
+            bias=torch.zeros(4),
+            **arguments,
+        )
 
 
 def test_gradients() -> None:

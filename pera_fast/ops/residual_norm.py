@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from pera_fast import reference
-from pera_fast.ops import _dispatch
+from pera_fast.ops import _dispatch, _library
 
 
 def residual_norm(
@@ -17,33 +20,127 @@ def residual_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x[rows] += scale * branch, then y = LayerNorm(x[next_rows]) * weight + bias.
 
     x: float [R, D], the residual stream. branch: float [r, D], or None to only gather and normalise.
     rows, next_rows: int64 [r], [s], unique within each, or None for all R rows in order.
-    scale: float [r], or None for 1. weight, bias: float [D].
+    scale: float [r], or None for 1. weight, bias: float [D]. dtype: of y, default x's; statistics are float32
+    or better. inplace: x itself is added to, and the backward pass overwrites the gradient of x after the
+    addition likewise; for a stream that only these functions read.
 
     Returns (x after the addition [R, D], y [s, D]). Raises ValueError when the shapes do not fit.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape [R, D], got {list(x.shape)}")
+    _check(x, branch, rows, scale)
     for name, value in (("weight", weight), ("bias", bias)):
         if value.shape != x.shape[1:]:
             raise ValueError(f"{name}: expected shape [{x.shape[1]}], got {list(value.shape)}")
+    function = _dispatch.function("residual_norm", x.device.type)
+    return function(x, branch, rows, scale, next_rows, weight, bias, eps, dtype or x.dtype, inplace)
+
+
+def residual_add(
+    x: Tensor, branch: Tensor, rows: Tensor | None, scale: Tensor | None, *, inplace: bool = False
+) -> Tensor:
+    """The first half of `residual_norm` alone, for the last branch: returns x after the addition [R, D]."""
+    _check(x, branch, rows, scale)
+    function = _dispatch.function("residual_norm", x.device.type)
+    return function(x, branch, rows, scale, None, None, None, 0.0, x.dtype, inplace)[0]
+
+
+def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape [R, D], got {list(x.shape)}")
     if branch is not None:
         expected = [len(x) if rows is None else len(rows), x.shape[1]]
         if list(branch.shape) != expected:
             raise ValueError(f"branch: expected shape {expected}, got {list(branch.shape)}")
         if scale is not None and list(scale.shape) != expected[:1]:
             raise ValueError(f"scale: expected shape {expected[:1]}, got {list(scale.shape)}")
-    function = _dispatch.function("residual_norm", x.device.type)
-    return function(x, branch, rows, scale, next_rows, weight, bias, eps)
 
 
-def residual_add(x: Tensor, branch: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
-    """The first half of `residual_norm` alone, for the last branch: returns x after the addition [R, D]."""
-    return reference.residual_add(x, branch, rows, scale)
+def _reference(
+    x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, inplace: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    with torch.autocast(x.device.type, enabled=False):
+        if weight is None or bias is None:
+            assert branch is not None
+            return reference.residual_add(x, branch, rows, scale), None
+        x, y = reference.residual_norm(x, branch, rows, scale, next_rows, weight, bias, eps)
+        return x, y.to(dtype)
 
 
-_dispatch.register("residual_norm", "reference", reference.residual_norm)
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace):  # type: ignore[no-untyped-def]
+        if branch is not None and inplace:
+            ctx.mark_dirty(x)
+        elif branch is not None:
+            x = x.clone()
+        y = normalised = inverse_deviation = None
+        if weight is not None:
+            count = len(x) if next_rows is None else len(next_rows)
+            y = x.new_empty(count, x.shape[1], dtype=dtype)
+            if any(ctx.needs_input_grad):
+                normalised, inverse_deviation = torch.empty_like(y), x.new_empty(count)
+        torch.ops.pera_fast.residual_norm_forward(
+            x, branch, rows, scale, next_rows, weight, bias, eps, y, normalised, inverse_deviation
+        )
+        ctx.save_for_backward(rows, scale, next_rows, weight, normalised, inverse_deviation)
+        ctx.branch_dtype, ctx.shape, ctx.inplace = None if branch is None else branch.dtype, x.shape, inplace
+        ctx.set_materialize_grads(False)
+        return (x, y) if branch is not None else y
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        x_gradient, y_gradient = gradients if len(gradients) == 2 else (None, *gradients)
+        rows, scale, next_rows, weight, normalised, inverse_deviation = ctx.saved_tensors
+        if x_gradient is None and y_gradient is None:
+            return (None,) * 10
+        given = y_gradient if x_gradient is None else x_gradient
+        if x_gradient is not None:
+            x_gradient = x_gradient.contiguous()
+        overwrites = ctx.inplace and x_gradient is not None
+        out = x_gradient if overwrites else given.new_empty(ctx.shape, dtype=torch.float32)
+        branch_gradient = weight_gradient = bias_gradient = None
+        if ctx.branch_dtype is not None and ctx.needs_input_grad[1]:
+            count = len(out) if rows is None else len(rows)
+            branch_gradient = out.new_empty(count, out.shape[1], dtype=ctx.branch_dtype)
+        if y_gradient is not None:
+            y_gradient = y_gradient.contiguous()
+            weight_gradient, bias_gradient = torch.empty_like(weight), torch.empty_like(weight)
+        torch.ops.pera_fast.residual_norm_backward(
+            x_gradient, y_gradient, rows, scale, next_rows, weight, normalised, inverse_deviation, out,
+            branch_gradient, weight_gradient, bias_gradient,
+        )  # fmt: skip
+        return out, branch_gradient, None, None, None, weight_gradient, bias_gradient, None, None, None
+
+
+def _kernels(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace = arguments
+    low = (torch.float32, torch.bfloat16)
+    if not (
+        x.dtype == torch.float32
+        and dtype in low
+        and (branch is None or branch.dtype in low)
+        and all(t is None or t.dtype == torch.float32 for t in (weight, bias))
+        and (not inplace or x.is_contiguous())
+    ):
+        return _reference(*arguments)
+    contiguous = [None if t is None else t.contiguous() for t in (branch, rows, scale, next_rows)]
+    if scale is not None:
+        contiguous[2] = contiguous[2].float()
+    result = _ResidualNorm.apply(x.contiguous(), *contiguous, weight, bias, eps, dtype, inplace)
+    return (x, result) if branch is None else result
+
+
+if _library.why_no_cpp() is None:
+    torch.library.register_fake("pera_fast::residual_norm_forward", lambda *_: None)
+    torch.library.register_fake("pera_fast::residual_norm_backward", lambda *_: None)
+
+_dispatch.register("residual_norm", "cpp", _kernels, _library.why_no_cpp)
+_dispatch.register("residual_norm", "reference", _reference)

@@ -20,8 +20,8 @@ struct ResidualNorm {
   const int32_t* next_row;
   const float *weight, *bias;  // [dim]
   float eps;
-  void* normalised;         // [s, dim] in y's dtype, before weight and bias; null where no gradient is wanted
-  float* inverse_deviation;  // [s]
+  void* normalised;          // [s, dim] in y's dtype, before weight and bias; null where it is y or not wanted
+  float* inverse_deviation;  // [s], null where no gradient is wanted
   // For the backward pass; weight, scale, normalised and inverse_deviation as above.
   const float* x_gradient;  // of x after the addition, null for 0
   const void* y_gradient;   // null for 0

@@ -259,9 +259,15 @@ def crop_patches(
 # --- patch_embed ----------------------------------------------------------------------------------------
 
 
-def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """table[index] + rows · weightᵀ. rows [R, F], weight [D, F], table [T, D], index int64 [R] -> [R, D]."""
-    return (F.embedding(index, table) + F.linear(rows, weight.to(rows.dtype))).to(table.dtype)
+def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
+    """table[index] with rows · weightᵀ added at `place` (None: in order).
+
+    rows [R, F], weight [D, F], table [T, D], index int64 [N], place int64 [R] -> [N, D].
+    """
+    tokens, product = F.embedding(index, table), F.linear(rows, weight.to(rows.dtype))
+    if place is None:
+        return (tokens + product).to(table.dtype)
+    return tokens.index_add(0, place, product.to(table.dtype))
 
 
 # --- packed_attention -----------------------------------------------------------------------------------
@@ -288,15 +294,16 @@ def residual_norm(
     rows: Tensor | None,
     scale: Tensor | None,
     next_rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """x[rows] += scale * branch, then LayerNorm of x[next_rows]. None rows: all of them."""
     if branch is not None:
         x = residual_add(x, branch, rows, scale)
     selected = x if next_rows is None else x.index_select(0, next_rows)
-    return x, F.layer_norm(selected, selected.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    return x, F.layer_norm(selected, selected.shape[-1:], weight, bias, eps)
 
 
 def residual_add(x: Tensor, branch: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:

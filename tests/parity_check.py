@@ -137,7 +137,7 @@ def check_step(
     patches = Patches(groups, torch.cat(students), targets[0], torch.cat(teachers))
     recorded = step.get("drop_path_branges", [])
     per_branch = len(groups)
-    chosen = [recorded[i : i + per_branch] for i in range(0, len(recorded), per_branch)] or None
+    chosen = [torch.stack(list(recorded[i::per_branch])) for i in range(per_branch)] if recorded else None
     subsets = make_subsets(groups, depth, chosen)
 
     model.zero_grad()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pera_fast.config import PRESETS
-from pera_fast.model.pera import CropGroup, PerA, draw_subsets
+from pera_fast.config import PRESETS, Config
+from pera_fast.model.pera import CropGroup, Patches, PerA, draw_subsets
 from pera_fast.model.vit import VisionTransformer
 
 
@@ -67,12 +71,13 @@ def test_drop_path_subsets() -> None:
     subsets = draw_subsets(groups(4), 0.3, depth=3, key=(0, 5))
     assert len(subsets) == 6
     for branch, subset in enumerate(subsets):
-        length = 8 if branch < 2 else 13  # block depth // 2 = 1 is the first to see the targets
-        assert list(subset.groups) == [(5, length), (22, 4)]
+        seen = 8 if branch < 2 else 13  # block depth // 2 = 1 is the first to see the targets
+        assert list(subset.groups) == [(5, seen), (22, 4)]
         assert subset.rows is not None and subset.scale is not None
-        assert len(subset.rows.unique()) == len(subset.rows) == 5 * length + 22 * 4
-        first, rest = subset.rows[: 5 * length], subset.rows[5 * length :]
-        assert first.max() < 8 * length <= rest.min() and rest.max() < 8 * length + 32 * 4
+        assert len(subset.rows.unique()) == len(subset.rows) == 5 * seen + 22 * 4
+        first, rest = subset.rows[: 5 * seen], subset.rows[5 * seen :]
+        assert first.max() < 8 * 13 <= rest.min() and rest.max() < 8 * 13 + 32 * 4
+        assert (first % 13).max() == seen - 1  # a sequence ends before its targets, or with them
         assert subset.scale[0].item() == pytest.approx(8 / 5)
         assert subset.scale[-1].item() == pytest.approx(32 / 22)
     again = draw_subsets(groups(4), 0.3, depth=3, key=(0, 5))
@@ -84,4 +89,92 @@ def test_drop_path_subsets() -> None:
 def test_at_least_one_sequence_stays() -> None:
     single = [g._replace(student=g.student[:1]) for g in groups(1)]
     assert [count for count, _ in draw_subsets(single, 0.9, 1, (0,))[0].groups] == [1, 1]
-    assert draw_subsets(groups(1), 0.0, 1, (0,))[0].rows is None
+
+
+def test_without_drop_path_only_the_targets_are_left_out() -> None:
+    subsets = draw_subsets(groups(1), 0.0, 3, (0,))
+    visible = [13 * i + j for i in range(2) for j in range(8)] + list(range(26, 26 + 8 * 4))
+    assert [s.rows.tolist() if s.rows is not None else None for s in subsets] == [visible] * 2 + [None] * 4
+    assert all(s.scale is None for s in subsets)
+
+
+def drawn_patches(config: Config, batch: int) -> Patches:
+    """Random pixels of random patches, in the layout of Engine.patches."""
+    crops, patch_px, random = config.crops, config.model.patch_px, torch.Generator().manual_seed(0)
+    row_size, found, students, teachers = 3 * patch_px**2, [], [], []
+    for crop_px, count in ((crops.global_px, crops.num_global), (crops.local_px, crops.num_local)):
+        sizes = crops.mask_counts((crop_px // patch_px) ** 2)
+        order = torch.rand(batch * count, sum(sizes), generator=random).argsort(1)
+        student, target, teacher = order.split(sizes, 1)
+        found.append(CropGroup(student, target if not found else target[:, :0], teacher))
+        for rows, patches in ((students, student), (teachers, teacher)):
+            pixels = torch.randn(len(order), patches.shape[1], row_size, generator=random)
+            rows.append(F.pad(pixels, (0, 0, 1, 0)).flatten(0, 1))
+    pixels = torch.randn(*found[0].target.shape, row_size, generator=random)
+    return Patches(found, torch.cat(students), pixels, torch.cat(teachers))
+
+
+def run(model: PerA, config: Config, precision: str) -> dict[str, torch.Tensor]:
+    """Loss and gradients of one pass with drop path."""
+    patches = drawn_patches(config, 4)
+    subsets = draw_subsets(patches.groups, 0.3, config.model.depth, key=(0,))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        losses = model(patches, subsets, 0.04)
+    losses.total.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": losses.total.detach(), **gradients}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["norms", "blocks"])
+def test_recomputing_changes_the_memory_alone(recompute: str, precision: str) -> None:
+    config = tiny_config()
+    config = replace(config, model=replace(config.model, embed_dim=64, depth=4))
+    torch.manual_seed(0)
+    model = PerA(config)
+    want = run(model, config, precision)
+    model.student.backbone.recompute = recompute
+    got = run(model, config, precision)
+    for name, value in want.items():
+        slack = 1e-5 if precision == "fp32" else 4e-2
+        assert (got[name] - value).norm() <= slack * value.norm() + 1e-7, name
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_never_waits_for_the_device() -> None:
+    """No value is read back and no shape depends on values, forward and backward, so a GPU is never waited for."""
+    config = tiny_config()
+    model = PerA(config)
+    patches = drawn_patches(config, 4)
+    subsets = draw_subsets(patches.groups, 0.3, config.model.depth, key=(0,))
+    with Calls() as calls:
+        model(patches, subsets, 0.04).total.backward()
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
+    assert not waits & set(calls.counts), calls.counts
+    with Calls() as calls:
+        torch.ones(2).sum().item()
+    assert waits & set(calls.counts)  # the count does see one
+
+
+def test_recomputing_norms_takes_no_product_again() -> None:
+    config = tiny_config()
+    model = PerA(config)
+    counts = {}
+    for recompute in ("none", "norms", "blocks"):
+        model.student.backbone.recompute = recompute
+        with Calls() as calls:
+            run(model, config, "fp32")
+        counts[recompute] = calls.counts["addmm"] + calls.counts["mm"]
+    assert counts["none"] == counts["norms"] < counts["blocks"]

@@ -45,7 +45,7 @@ def test_error_against_float64_is_no_larger_than_eager_pytorch(
 def test_float32_tokens_from_bfloat16_rows() -> None:
     pixels, index = torch.randn(5, 12).bfloat16(), torch.arange(5)
     weight, table = torch.randn(4, 12), torch.randn(5, 4)
-    want = reference.patch_embed(pixels.double(), weight.bfloat16().double(), table.double(), index)
+    want = reference.patch_embed(pixels.double(), weight.bfloat16().double(), table.double(), index, None)
     plain = ops.patch_embed(pixels, weight, table, index)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = ops.patch_embed(pixels, weight, table, index)
@@ -75,3 +75,21 @@ def test_bad_input(change: dict[str, torch.Tensor], sentence: str) -> None:
             "index": torch.zeros(2, dtype=torch.int64)}  # fmt: skip
     with pytest.raises(ValueError, match=sentence):
         ops.patch_embed(**{**good, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_without_pixels(dtype: torch.dtype) -> None:
+    """Rows go to their places; the other tokens are the table's entries, with its gradient."""
+    rows, place = torch.randn(3, 6).to(dtype), torch.tensor([4, 0, 2])
+    weight, table = torch.randn(8, 6, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    index = torch.tensor([1, 3, 3, 0, 2])
+    want = table[index].index_add(0, place, F.linear(rows.float(), weight.to(dtype).float()))
+    got = ops.patch_embed(rows, weight, table, index, place)
+    slack = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(got, want, rtol=slack, atol=slack)
+    assert torch.equal(got[[1, 3]], table[index[[1, 3]]])
+    pairs = zip(*(torch.autograd.grad(x.square().sum(), (weight, table)) for x in (got, want)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=slack, atol=10 * slack)
+    with pytest.raises(ValueError, match=r"place: expected int64 \[3\], got torch.int64 \[2\]"):
+        ops.patch_embed(rows, weight, table, index, place[:2])

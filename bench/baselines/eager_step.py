@@ -57,34 +57,44 @@ def step(
     model: PerA, config: Config, views: Views, chosen: list[tuple[Tensor, Tensor, Tensor]], tau_teacher: float
 ) -> Tensor:
     """Loss of one batch. chosen: (student, target, teacher) patch indices of each crop size."""
+    normed, taught = backbones(model, config, views, chosen)
+    t_logits = torch.cat([head_logits(model.teacher.cls_head, x[:, 0]) for x in taught])
+    s_logits = torch.cat([head_logits(model.student.cls_head, x[:, 0]) for x in normed])
+    return loss(model, config, views, chosen, s_logits, t_logits.detach(), normed[0], tau_teacher)
+
+
+def backbones(
+    model: PerA, config: Config, views: Views, chosen: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The student's and the teacher's normalised tokens [crops of a size, tokens, D] of each crop size."""
     student, teacher = model.student.backbone, model.teacher.backbone
     drop_path, middle = config.model.drop_path, len(student.blocks) // 2
     patch_px = config.model.patch_px
-    inputs, teacher_inputs = [], []
+    inputs, taught = [], []
     for (view0, view1), (s, _, t) in zip(views, chosen, strict=True):
         num_patches = (view0.shape[-1] // patch_px) ** 2
         inputs.append(tokens(student, view0, masks(s, num_patches)))
         with torch.no_grad():
-            teacher_inputs.append(tokens(teacher, view1, masks(t, num_patches)))
+            taught.append(tokens(teacher, view1, masks(t, num_patches)))
     with torch.no_grad():
         for block in teacher.blocks:
-            teacher_inputs = [run_block(block, x, 0.0) for x in teacher_inputs]
-        t_logits = torch.cat(
-            [head_logits(model.teacher.cls_head, teacher.norm(x)[:, 0]) for x in teacher_inputs]
-        )
+            taught = [run_block(block, x, 0.0) for x in taught]
+        taught = [teacher.norm(x) for x in taught]
     for i, block in enumerate(student.blocks):
         if i == middle:
             grid = views[0][0].shape[-1] // patch_px
             masked = model.mask_token + student.positions(grid, grid)[chosen[0][1]]
             inputs[0] = torch.cat((inputs[0], masked.to(inputs[0].dtype)), dim=1)
         inputs = [run_block(block, x, drop_path) for x in inputs]
-    normed = [student.norm(x) for x in inputs]
-    s_logits = torch.cat([head_logits(model.student.cls_head, x[:, 0]) for x in normed])
-    return loss(model, config, views, chosen, s_logits, t_logits, normed[0], tau_teacher)
+    return [student.norm(x) for x in inputs], taught
+
+
+def unit(head: torch.nn.Module, cls: Tensor) -> Tensor:
+    return F.normalize(head.mlp(cls), dim=-1, eps=1e-12)
 
 
 def head_logits(head: torch.nn.Module, cls: Tensor) -> Tensor:
-    return head.last_layer(F.normalize(head.mlp(cls), dim=-1, eps=1e-12))
+    return head.last_layer(unit(head, cls))
 
 
 def loss(

@@ -71,6 +71,7 @@ void residual_norm_forward(
   p.x = const_cast<float*>(floats(x, "x", p.rows * p.dim));
   const std::vector<int32_t> branch_row = places(rows, "rows", p.rows);
   const std::vector<int32_t> next_row = places(next_rows, "next_rows", p.rows);
+  const std::vector<float> ones(static_cast<size_t>(p.dim), 1.0f), zeros(static_cast<size_t>(p.dim));
   p.branch_row = table_of(rows, branch_row);
   p.next_row = table_of(next_rows, next_row);
   if (branch) {
@@ -81,11 +82,10 @@ void residual_norm_forward(
   p.branch = data(branch);
   if (y) {
     const int64_t n = count(next_rows, p.rows);
-    STD_TORCH_CHECK(weight && bias, "weight, bias: expected both with y");
     check_rows(*y, "y", n, p.dim);
     p.y_is_bfloat16 = y->scalar_type() == ScalarType::BFloat16;
-    p.weight = values(weight, "weight", p.dim);
-    p.bias = values(bias, "bias", p.dim);
+    p.weight = weight ? values(weight, "weight", p.dim) : ones.data();
+    p.bias = bias ? values(bias, "bias", p.dim) : zeros.data();
     p.eps = static_cast<float>(eps);
     if (normalised) {
       check_rows(*normalised, "normalised", n, p.dim);
@@ -94,7 +94,8 @@ void residual_norm_forward(
           "normalised: expected y's dtype, and inverse_deviation");
       p.inverse_deviation = values(inverse_deviation, "inverse_deviation", n);
     }
-    p.normalised = data(normalised);
+    // Without weight and bias both are one tensor, to be written once.
+    p.normalised = data(normalised) == data(y) ? nullptr : data(normalised);
   }
   p.y = data(y);
   torch::stable::parallel_for(
@@ -114,6 +115,7 @@ void residual_norm_backward(
   p.x_gradient = values(x_gradient, "x_gradient", p.rows * p.dim);
   const std::vector<int32_t> branch_row = places(rows, "rows", p.rows);
   const std::vector<int32_t> next_row = places(next_rows, "next_rows", p.rows);
+  const std::vector<float> ones(static_cast<size_t>(p.dim), 1.0f);
   p.branch_row = table_of(rows, branch_row);
   p.next_row = table_of(next_rows, next_row);
   if (branch_gradient) {
@@ -125,14 +127,13 @@ void residual_norm_backward(
   if (y_gradient) {
     const int64_t n = count(next_rows, p.rows);
     STD_TORCH_CHECK(
-        weight && normalised && inverse_deviation && weight_gradient && bias_gradient,
-        "y_gradient: expected weight, normalised, inverse_deviation and the gradients' tensors with it");
+        normalised && inverse_deviation, "y_gradient: expected normalised and inverse_deviation with it");
     check_rows(*y_gradient, "y_gradient", n, p.dim);
     check_rows(*normalised, "normalised", n, p.dim);
     STD_TORCH_CHECK(
         normalised->scalar_type() == y_gradient->scalar_type(), "normalised: expected y_gradient's dtype");
     p.y_is_bfloat16 = y_gradient->scalar_type() == ScalarType::BFloat16;
-    p.weight = values(weight, "weight", p.dim);
+    p.weight = weight ? values(weight, "weight", p.dim) : ones.data();
     p.inverse_deviation = values(inverse_deviation, "inverse_deviation", n);
   }
   p.y_gradient = data(y_gradient);
@@ -150,6 +151,7 @@ void residual_norm_backward(
   float* const sums[] = {
       values(weight_gradient, "weight_gradient", p.dim), values(bias_gradient, "bias_gradient", p.dim)};
   for (int which = 0; which < 2; ++which) {
+    if (sums[which] == nullptr) continue;
     std::fill_n(sums[which], p.dim, 0.0f);
     for (int64_t i = 0; i < slices; ++i) {
       for (int64_t k = 0; k < p.dim; ++k) sums[which][k] += partial[static_cast<size_t>((2 * i + which) * p.dim + k)];

@@ -54,8 +54,8 @@ inline void forward_rows(const ResidualNorm& p, int64_t begin, int64_t end) {
         normalised[k] = Out::from(value);
         y[k] = Out::from(value * weight[k] + bias[k]);
       }
-      p.inverse_deviation[to] = inverse;
     }
+    if (p.inverse_deviation != nullptr) p.inverse_deviation[to] = inverse;
   }
 }
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pera_fast import ops
@@ -87,36 +86,31 @@ class PerA(nn.Module):
         """(z [crops × images, bottleneck] unit rows, predicted pixels [target patches, p²·C])."""
         backbone, groups = self.student.backbone, patches.groups
         positions = self._positions(backbone, groups)
-        x = backbone.embed(patches.student_rows, [g.student for g in groups], positions)
-        middle = len(backbone.blocks) // 2
-        x = backbone.blocks_forward(x, slice(0, middle), subsets[: 2 * middle])
+        # The targets enter half way: their rows are there from the start, and the first half leaves them out.
+        x = backbone.embed(
+            patches.student_rows, [g.student for g in groups], positions, (self.mask_token, groups[0].target)
+        )
+        x = backbone.blocks_forward(x, subsets)
 
-        # The targets enter half way, as mask tokens that know only where they are.
-        shapes = [(len(g.student), 1 + g.student.shape[1]) for g in groups]
-        num_global, visible = shapes[0]
-        masked = self.mask_token + F.embedding(groups[0].target, positions[0])
-        first, rest = x.split([num_global * visible, len(x) - num_global * visible])
-        first = torch.cat((first.unflatten(0, shapes[0]), masked.to(x.dtype)), dim=1)
-        x = torch.cat((first.flatten(0, 1), rest))
-        x = backbone.blocks_forward(x, slice(middle, None), subsets[2 * middle :])
-
-        shapes[0] = (num_global, first.shape[1])
+        shapes = [(len(g.student), 1 + g.student.shape[1] + g.target.shape[1]) for g in groups]
+        num_global, length = shapes[0]
         cls_rows = _cls_rows(shapes, x.device)
-        target_rows = torch.arange(num_global * first.shape[1], device=x.device).view(num_global, -1)
-        target_rows = target_rows[:, visible:].flatten()
+        target_rows = torch.arange(num_global * length, device=x.device).view(num_global, length)
+        target_rows = target_rows[:, 1 + groups[0].student.shape[1] :].flatten()
         normed = backbone.norm_rows(x, torch.cat((cls_rows, target_rows)))
         cls, targets = normed.split([len(cls_rows), len(target_rows)])
         return self.student.cls_head(cls), self.pixel_head.last_layer(self.pixel_head(targets))
 
-    @torch.no_grad()
     def teacher_forward(self, patches: Patches) -> Tensor:
-        """z [crops × images, bottleneck] unit rows."""
+        """z [crops × images, bottleneck] unit rows, without gradient."""
         backbone, groups = self.teacher.backbone, patches.groups
-        positions = self._positions(backbone, groups)
-        x = backbone.embed(patches.teacher_rows, [g.teacher for g in groups], positions)
-        shapes: Groups = [(len(g.teacher), 1 + g.teacher.shape[1]) for g in groups]
-        x = backbone.blocks_forward(x, slice(None), [Subset(shapes)] * (2 * len(backbone.blocks)))
-        return self.teacher.cls_head(backbone.norm_rows(x, _cls_rows(shapes, x.device)))
+        with torch.inference_mode():
+            positions = self._positions(backbone, groups)
+            x = backbone.embed(patches.teacher_rows, [g.teacher for g in groups], positions)
+            shapes: Groups = [(len(g.teacher), 1 + g.teacher.shape[1]) for g in groups]
+            x = backbone.blocks_forward(x, [Subset(shapes)] * (2 * len(backbone.blocks)))
+            z = self.teacher.cls_head(backbone.norm_rows(x, _cls_rows(shapes, x.device)))
+        return z.clone()  # of an inference tensor, which the loss could not keep for its backward pass
 
     def forward(
         self,
@@ -176,42 +170,63 @@ def draw_subsets(
     residual is scaled by b / subset size. key: whole numbers, e.g. (seed, step, part, rank); equal keys
     give equal subsets on every device.
     """
-    counts = [len(g.student) for g in groups]
-    random = np.random.default_rng([*key, 0x0D709])
     chosen = None
     if drop_path > 0:
-        sizes = [max(int(count * (1 - drop_path)), 1) for count in counts]
-        chosen = [
-            [
-                torch.from_numpy(random.permutation(count)[:size])
-                for count, size in zip(counts, sizes, strict=True)
-            ]
-            for _ in range(2 * depth)
-        ]
+        random = np.random.default_rng([*key, 0x0D709])
+        chosen = []
+        for group in groups:
+            count = len(group.student)
+            size = max(int(count * (1 - drop_path)), 1)
+            order = random.random((2 * depth, count)).argsort(axis=1)
+            chosen.append(torch.from_numpy(order[:, :size]))
     return make_subsets(groups, depth, chosen)
 
 
-def make_subsets(
-    groups: Sequence[CropGroup], depth: int, chosen: Sequence[Sequence[Tensor]] | None
-) -> list[Subset]:
-    """Subsets from the chosen sequences, int64 per branch and crop size; None: every sequence."""
+def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tensor] | None) -> list[Subset]:
+    """Subsets from the chosen sequences of each crop size, int64 [2 * depth, size]; None: every sequence.
+
+    In the first depth // 2 blocks the sequences end before their targets.
+    """
     device = groups[0].student.device
     counts = [len(g.student) for g in groups]
-    before = [1 + g.student.shape[1] for g in groups]
-    after = [before[0] + groups[0].target.shape[1], *before[1:]]
-    halves = [before] * (2 * (depth // 2)) + [after] * (2 * (depth - depth // 2))
-    if chosen is None:
-        return [Subset(list(zip(counts, lengths, strict=True))) for lengths in halves]
-    subsets = []
-    for lengths, sequences in zip(halves, chosen, strict=True):
-        rows, scales, start = [], [], 0
-        for count, length, picked in zip(counts, lengths, sequences, strict=True):
-            rows.append((start + picked[:, None] * length + torch.arange(length)).flatten())
+    lengths = [1 + g.student.shape[1] + g.target.shape[1] for g in groups]
+    subsets, every_row = [], []
+    for branch in range(2 * depth):
+        is_first_half = branch < 2 * (depth // 2)
+        seen = [1 + g.student.shape[1] if is_first_half else n for g, n in zip(groups, lengths, strict=True)]
+        if chosen is None and seen == lengths:
+            subsets.append(Subset(list(zip(counts, lengths, strict=True))))
+            continue
+        start, rows, scales, shapes = 0, [], [], []
+        for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            picked = torch.arange(count) if chosen is None else chosen[i][branch]
+            rows.append((start + picked[:, None] * length + torch.arange(seen[i])).flatten())
             scales.append(torch.full((len(rows[-1]),), count / len(picked)))
+            shapes.append((len(picked), seen[i]))
             start += count * length
-        shapes = [(len(picked), length) for picked, length in zip(sequences, lengths, strict=True)]
-        subsets.append(Subset(shapes, torch.cat(rows).to(device), torch.cat(scales).to(device)))
-    return subsets
+        every_row.append(torch.cat(rows))
+        subsets.append(Subset(shapes, every_row[-1], None if chosen is None else torch.cat(scales)))
+    return _moved(subsets, device)
+
+
+def _moved(subsets: list[Subset], device: torch.device) -> list[Subset]:
+    """The subsets on a device, in one copy for all rows and one for all scales."""
+    if device.type == "cpu":
+        return subsets
+
+    def together(parts: list[Tensor]) -> Iterator[Tensor]:
+        if not parts:
+            return iter(())
+        whole = torch.cat(parts)
+        moved = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+        return iter(moved.split([len(part) for part in parts]))
+
+    rows = together([s.rows for s in subsets if s.rows is not None])
+    scales = together([s.scale for s in subsets if s.scale is not None])
+    return [
+        Subset(s.groups, None if s.rows is None else next(rows), None if s.scale is None else next(scales))
+        for s in subsets
+    ]
 
 
 def _cls_rows(shapes: Groups, device: torch.device) -> Tensor:

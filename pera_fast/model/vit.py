@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pera_fast import ops
 from pera_fast.config import ModelConfig
@@ -30,25 +32,54 @@ class Subset:
 
 
 class Attention(nn.Module):
+    """A branch of a block, in two halves: `enter` is its first product, `leave` the rest."""
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+    def enter(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+    def leave(self, qkv: Tensor, groups: Groups) -> Tensor:
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return self.proj(ops.packed_attention(qkv, groups).flatten(1))
 
 
 class Mlp(nn.Module):
+    """The other branch; see Attention."""
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def enter(self, x: Tensor) -> Tensor:
+        return self.fc1(x)
+
+    def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
+        return self.fc2(F.gelu(hidden))
+
+
+def _run(branch: Attention | Mlp, norm: nn.LayerNorm, x: Tensor, groups: Groups, recompute: str) -> Tensor:
+    """A branch on rows that are normalised, with `recompute` before the norm's weight and bias.
+
+    A checkpoint keeps its input alone and makes the rest again in the backward pass, but stops at the last
+    tensor that is needed: a product at its end is not taken twice.
+    """
+    if recompute == "none":
+        return branch.leave(branch.enter(x), groups)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+    def enter(x: Tensor) -> Tensor:
+        return branch.enter(torch.addcmul(norm.bias, x, norm.weight).to(x.dtype))
+
+    if recompute == "blocks":
+        return again(lambda x: branch.leave(enter(x), groups), x)
+    hidden = again(enter, x)
+    return again(branch.leave, hidden, groups) if isinstance(branch, Mlp) else branch.leave(hidden, groups)
 
 
 class Block(nn.Module):
@@ -76,6 +107,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ModelConfig, image_px: int) -> None:
         super().__init__()
         self.patch_px = config.patch_px
+        self.recompute = config.recompute
         self.grid = image_px // config.patch_px
         dim = config.embed_dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -105,32 +137,62 @@ class VisionTransformer(nn.Module):
         )
         return resized.flatten(2)[0].T
 
-    def embed(self, rows: Tensor, patches: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
+    def embed(
+        self,
+        rows: Tensor,
+        patches: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        masked: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Tokens of chosen patches of crops of several sizes, CLS first: one product over all of them.
 
         rows: float [R, C·p²], of every crop a row of zeros and then its patches in (band, row, column) order.
         patches: int64 [n, S] of each crop size, R = Σ n·(1 + S). positions: [L, D] of each crop size.
-        Returns float [R, D] in the dtype of positions or better.
+        masked: mask token [1, 1, D] and patches int64 [n, P] of the first crop size, appended to each of its
+        sequences as tokens that know only where they are.
+        Returns float [R + n·P, D] in the dtype of positions or better.
         """
         proj = self.patch_embed.proj
         assert proj.bias is not None
         # What is added to each row's product: of a zero row it is all there is.
         added = [(self.cls_token + self.pos_embed[:, :1])[0], *(table + proj.bias for table in positions)]
         starts = [1 + sum(len(table) for table in positions[:i]) for i in range(len(positions))]
-        index = [F.pad(p + start, (1, 0)).flatten() for p, start in zip(patches, starts, strict=True)]
-        return ops.patch_embed(rows, proj.weight.flatten(1), torch.cat(added), torch.cat(index))
+        index = [F.pad(p + start, (1, 0)) for p, start in zip(patches, starts, strict=True)]
+        place = None
+        if masked is not None:
+            token, targets = masked
+            index[0] = torch.cat((index[0], targets + sum(len(table) for table in added)), dim=1)
+            added.append(token[0] + positions[0])
+            every = torch.arange(sum(i.numel() for i in index), device=rows.device)
+            first, rest = every.tensor_split([index[0].numel()])
+            place = torch.cat((first.view_as(index[0])[:, : 1 + patches[0].shape[1]].flatten(), rest))
+        entries = torch.cat([i.flatten() for i in index])
+        return ops.patch_embed(rows, proj.weight.flatten(1), torch.cat(added), entries, place)
 
-    def blocks_forward(self, x: Tensor, blocks: slice, subsets: Sequence[Subset]) -> Tensor:
-        """Run some of the blocks on x [rows, D]; subsets: one per branch (attention, MLP, attention, …)."""
+    def blocks_forward(self, x: Tensor, subsets: Sequence[Subset]) -> Tensor:
+        """Run the blocks on x [rows, D], which is overwritten; subsets: one per branch (attention, MLP, …)."""
         output, last = None, Subset(())
-        chosen = cast(list[Block], list(self.blocks[blocks]))
-        branches = [pair for b in chosen for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))]
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        blocks = cast(list[Block], list(self.blocks))
+        branches = [pair for b in blocks for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))]
         for (norm, branch), subset in zip(branches, subsets, strict=True):
+            weight, bias = (norm.weight, norm.bias) if recompute == "none" else (None, None)
             x, normed = ops.residual_norm(
-                x, output, last.rows, last.scale, subset.rows, norm.weight, norm.bias, norm.eps
+                x,
+                output,
+                last.rows,
+                last.scale,
+                subset.rows,
+                weight,
+                bias,
+                norm.eps,
+                dtype=dtype,
+                inplace=True,
             )
-            output, last = branch(normed, subset.groups), subset
-        return x if output is None else ops.residual_add(x, output, last.rows, last.scale)
+            output, last = _run(branch, norm, normed, subset.groups, recompute), subset
+        return x if output is None else ops.residual_add(x, output, last.rows, last.scale, inplace=True)
 
     def norm_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """The final LayerNorm, of chosen rows only. x [R, D], rows int64 [r] -> [r, D]."""
@@ -156,7 +218,7 @@ class VisionTransformer(nn.Module):
         every_patch = torch.arange(length - 1, device=rows.device).expand(batch, -1)
         x = self.embed(rows.flatten(0, 1), [every_patch], [self.positions(grid_height, grid_width)])
         subsets = [Subset([(batch, length)])] * (2 * len(self.blocks))
-        x = self.blocks_forward(x, slice(None), subsets)
+        x = self.blocks_forward(x, subsets)
         normed = ops.residual_norm(
             x, None, None, None, None, self.norm.weight, self.norm.bias, self.norm.eps
         )[1]

@@ -8,15 +8,20 @@ from torch import Tensor
 
 from pera_fast import reference
 from pera_fast.ops import _dispatch
+from pera_fast.ops.residual_norm import residual_add
 
 
-def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
+def patch_embed(
+    rows: Tensor, weight: Tensor, table: Tensor, index: Tensor, place: Tensor | None = None
+) -> Tensor:
     """table[index] + rows · weightᵀ: tokens with what belongs to each (position and bias, or the CLS token).
 
     rows: float [R, F], a patch's pixels each; of a row of zeros the table's entry is all there is.
-    weight: float [D, F]. table: float [T, D]. index: int64 [R], entries of the table.
+    weight: float [D, F]. table: float [T, D]. index: int64 [N], entries of the table.
+    place: int64 [R], which of the N tokens each row belongs to, each once; the others are the table's entries
+    alone. None: N = R, in order.
 
-    Returns [R, D] in table's dtype; the product is taken in rows' dtype, or in bfloat16 where autocast says
+    Returns [N, D] in table's dtype; the product is taken in rows' dtype, or in bfloat16 where autocast says
     so. Gradients to weight and table, not to rows. Raises ValueError when the shapes do not fit.
     """
     if rows.dim() != 2 or not rows.is_floating_point():
@@ -25,25 +30,40 @@ def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> T
         raise ValueError(f"weight: expected shape [D, {rows.shape[1]}], got {list(weight.shape)}")
     if table.dim() != 2 or table.shape[1] != weight.shape[0]:
         raise ValueError(f"table: expected shape [T, {weight.shape[0]}], got {list(table.shape)}")
-    if index.dtype != torch.int64 or index.shape != rows.shape[:1]:
-        raise ValueError(f"index: expected int64 [{len(rows)}], got {index.dtype} {list(index.shape)}")
-    return _dispatch.function("patch_embed", rows.device.type)(rows, weight, table, index)
+    if place is not None and (place.dtype != torch.int64 or place.shape != rows.shape[:1]):
+        raise ValueError(f"place: expected int64 [{len(rows)}], got {place.dtype} {list(place.shape)}")
+    if index.dtype != torch.int64 or index.dim() != 1 or (place is None and len(index) != len(rows)):
+        expected = len(rows) if place is None else "N"
+        raise ValueError(f"index: expected int64 [{expected}], got {index.dtype} {list(index.shape)}")
+    return _dispatch.function("patch_embed", rows.device.type)(rows, weight, table, index, place)
 
 
-def _library(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor) -> Tensor:
+def _library(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
     tokens = F.embedding(index, table)
-    if torch.is_autocast_enabled(rows.device.type):
-        return tokens.add_(F.linear(rows, weight))
-    weight = weight.to(rows.dtype)
-    if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        # As a convolution of one pixel, oneDNN takes the product: up to twice as fast as the BLAS behind
-        # F.linear on AMD processors, where that is MKL (bench_patch_embed.py).
-        pixels = rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
-        kernel = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
-        return tokens.add_(F.conv2d(pixels, kernel).permute(0, 2, 3, 1).view(len(rows), -1))
-    if rows.dtype == tokens.dtype:
-        return tokens.addmm_(rows, weight.T)  # added within the product
-    return tokens.add_(F.linear(rows, weight))
+    if place is not None:
+        return residual_add(tokens, _product(rows, weight), place, None, inplace=True)
+    if (
+        not torch.is_autocast_enabled(rows.device.type)
+        and rows.dtype == tokens.dtype
+        and not _by_convolution(rows)
+    ):
+        return tokens.addmm_(rows, weight.to(rows.dtype).T)  # added within the product
+    return tokens.add_(_product(rows, weight))
+
+
+def _by_convolution(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype == torch.float32
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows · weightᵀ."""
+    if torch.is_autocast_enabled(rows.device.type) or not _by_convolution(rows):
+        return F.linear(rows, weight.to(rows.dtype))
+    # As a convolution of one pixel, oneDNN takes the product: up to twice as fast as the BLAS behind F.linear on
+    # AMD processors, where that is MKL (bench_patch_embed.py).
+    pixels = rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
+    kernel = weight.float()[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    return F.conv2d(pixels, kernel).permute(0, 2, 3, 1).view(len(rows), -1)
 
 
 _dispatch.register("patch_embed", "torch", _library)

@@ -17,8 +17,8 @@ def residual_norm(
     rows: Tensor | None,
     scale: Tensor | None,
     next_rows: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float = 1e-6,
     *,
     dtype: torch.dtype | None = None,
@@ -28,18 +28,19 @@ def residual_norm(
 
     x: float [R, D], the residual stream. branch: float [r, D], or None to only gather and normalise.
     rows, next_rows: int64 [r], [s], unique within each, or None for all R rows in order.
-    scale: float [r], or None for 1. weight, bias: float [D]. dtype: of y, default x's; statistics are float32
-    or better. inplace: x itself is added to, and the backward pass overwrites the gradient of x after the
-    addition likewise; for a stream that only these functions read.
+    scale: float [r], or None for 1. weight, bias: float [D], or None for 1 and 0.
+    dtype: of y, default x's; statistics are float32 or better.
+    inplace: x itself is added to, and the backward pass overwrites the gradient of x after the addition
+    likewise; for a stream that only these functions read.
 
     Returns (x after the addition [R, D], y [s, D]). Raises ValueError when the shapes do not fit.
     """
     _check(x, branch, rows, scale)
     for name, value in (("weight", weight), ("bias", bias)):
-        if value.shape != x.shape[1:]:
+        if value is not None and value.shape != x.shape[1:]:
             raise ValueError(f"{name}: expected shape [{x.shape[1]}], got {list(value.shape)}")
     function = _dispatch.function("residual_norm", x.device.type)
-    return function(x, branch, rows, scale, next_rows, weight, bias, eps, dtype or x.dtype, inplace)
+    return function(x, branch, rows, scale, next_rows, weight, bias, eps, dtype or x.dtype, inplace, True)
 
 
 def residual_add(
@@ -48,7 +49,7 @@ def residual_add(
     """The first half of `residual_norm` alone, for the last branch: returns x after the addition [R, D]."""
     _check(x, branch, rows, scale)
     function = _dispatch.function("residual_norm", x.device.type)
-    return function(x, branch, rows, scale, None, None, None, 0.0, x.dtype, inplace)[0]
+    return function(x, branch, rows, scale, None, None, None, 0.0, x.dtype, inplace, False)[0]
 
 
 def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None) -> None:
@@ -64,10 +65,10 @@ def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor 
 
 def _reference(
     x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, inplace: bool,
+    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, inplace: bool, normalise: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        if weight is None or bias is None:
+        if not normalise:
             assert branch is not None
             return reference.residual_add(x, branch, rows, scale), None
         x, y = reference.residual_norm(x, branch, rows, scale, next_rows, weight, bias, eps)
@@ -76,17 +77,19 @@ def _reference(
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace,
+                normalise):  # type: ignore[no-untyped-def]  # fmt: skip
         if branch is not None and inplace:
             ctx.mark_dirty(x)
         elif branch is not None:
             x = x.clone()
         y = normalised = inverse_deviation = None
-        if weight is not None:
+        if normalise:
             count = len(x) if next_rows is None else len(next_rows)
             y = x.new_empty(count, x.shape[1], dtype=dtype)
             if any(ctx.needs_input_grad):
-                normalised, inverse_deviation = torch.empty_like(y), x.new_empty(count)
+                inverse_deviation = x.new_empty(count)
+                normalised = y if weight is None and bias is None else torch.empty_like(y)
         torch.ops.pera_fast.residual_norm_forward(
             x, branch, rows, scale, next_rows, weight, bias, eps, y, normalised, inverse_deviation
         )
@@ -100,7 +103,7 @@ class _ResidualNorm(torch.autograd.Function):
         x_gradient, y_gradient = gradients if len(gradients) == 2 else (None, *gradients)
         rows, scale, next_rows, weight, normalised, inverse_deviation = ctx.saved_tensors
         if x_gradient is None and y_gradient is None:
-            return (None,) * 10
+            return (None,) * 11
         given = y_gradient if x_gradient is None else x_gradient
         if x_gradient is not None:
             x_gradient = x_gradient.contiguous()
@@ -112,16 +115,19 @@ class _ResidualNorm(torch.autograd.Function):
             branch_gradient = out.new_empty(count, out.shape[1], dtype=ctx.branch_dtype)
         if y_gradient is not None:
             y_gradient = y_gradient.contiguous()
-            weight_gradient, bias_gradient = torch.empty_like(weight), torch.empty_like(weight)
+            if ctx.needs_input_grad[5]:
+                weight_gradient = torch.empty_like(weight)
+            if ctx.needs_input_grad[6]:
+                bias_gradient = out.new_empty(out.shape[1])
         torch.ops.pera_fast.residual_norm_backward(
             x_gradient, y_gradient, rows, scale, next_rows, weight, normalised, inverse_deviation, out,
             branch_gradient, weight_gradient, bias_gradient,
         )  # fmt: skip
-        return out, branch_gradient, None, None, None, weight_gradient, bias_gradient, None, None, None
+        return out, branch_gradient, None, None, None, weight_gradient, bias_gradient, *(None,) * 4
 
 
 def _kernels(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace = arguments
+    x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace, normalise = arguments
     low = (torch.float32, torch.bfloat16)
     if not (
         x.dtype == torch.float32
@@ -131,10 +137,9 @@ def _kernels(*arguments: Any) -> tuple[Tensor, Tensor | None]:
         and (not inplace or x.is_contiguous())
     ):
         return _reference(*arguments)
+    scale = None if scale is None else scale.float()
     contiguous = [None if t is None else t.contiguous() for t in (branch, rows, scale, next_rows)]
-    if scale is not None:
-        contiguous[2] = contiguous[2].float()
-    result = _ResidualNorm.apply(x.contiguous(), *contiguous, weight, bias, eps, dtype, inplace)
+    result = _ResidualNorm.apply(x.contiguous(), *contiguous, weight, bias, eps, dtype, inplace, normalise)
     return (x, result) if branch is None else result
 
 

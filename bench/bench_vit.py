@@ -1,0 +1,103 @@
+"""Student and teacher through the ViT, forward and backward, against the authors' data flow in eager PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from baselines import eager_step
+from bench_patch_embed import whole_views
+from compare import all_close, compare, peak_bytes
+from torch import Tensor
+from workload import batch, small_vit_s, statistics
+
+from pera_fast.config import Config
+from pera_fast.distributed import World
+from pera_fast.engine import Engine
+from pera_fast.model.pera import Patches, draw_subsets
+
+MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
+
+
+def drawn(precision: str, drop_path: float, images: int) -> tuple[Config, Engine, Patches]:
+    config = small_vit_s(num_prototypes=64, drop_path=drop_path)
+    config = replace(config, run=replace(config.run, precision=precision))
+    engine = Engine(config, statistics(), World(0, 1, torch.device("cpu")))
+    return config, engine, engine.patches(0, 0, batch(config, images))
+
+
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("drop_path", "images"), [(0.0, 4), (0.3, 4), (0.3, 16)])
+def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
+    """Both from the same patches; the eager side is given whole views and embeds them all."""
+    config, engine, patches = drawn(precision, drop_path, images)
+    model, depth = engine.model, config.model.depth
+    twin = copy.deepcopy(model)
+    pixels = (config.crops.global_px, config.crops.local_px)
+    views = [whole_views(patches, i, px) for i, px in enumerate(pixels)]
+
+    leaves = [[p for p in owner.parameters() if p.requires_grad] for owner in (model, twin)]
+
+    def finish(parameters: list[Tensor], student: Tensor, teacher: Tensor, predicted: Tensor) -> list[Tensor]:
+        total = student.square().mul(torch.arange(student.shape[1])).sum() + predicted.float().square().mean()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        if drop_path:  # each side draws its own subsets
+            return [teacher]
+        return [student, teacher, *(g for g in gradients if g is not None)]
+
+    def ours() -> list[Tensor]:
+        with autocast(precision):
+            subsets = draw_subsets(patches.groups, drop_path, depth, (0,))
+            teacher = model.teacher_forward(patches)
+            student, predicted = model.student_forward(patches, subsets)
+        return finish(leaves[0], student, teacher, predicted)
+
+    def theirs() -> list[Tensor]:
+        with autocast(precision):
+            normed, taught = eager_step.backbones(twin, config, views, patches.groups)
+            with torch.no_grad():
+                teacher = torch.cat([eager_step.unit(twin.teacher.cls_head, x[:, 0]) for x in taught])
+            student = torch.cat([eager_step.unit(twin.student.cls_head, x[:, 0]) for x in normed])
+            visible = 1 + patches.groups[0].student.shape[1]
+            predicted = eager_step.head_logits(twin.pixel_head, normed[0][:, visible:])
+        return finish(leaves[1], student, teacher, predicted)
+
+    compare(
+        benchmark, op="vit", backend="cpp", peer="eager data flow", ours=ours, theirs=theirs,
+        same=all_close(5e-2 if precision == "bf16" else 1e-3), dtype=precision, pairs=3,
+        shape=f"ViT-S, {images} images, drop path {drop_path}, student fwd+bwd, teacher fwd{MALLOC}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "norms", "blocks"])
+def bench_recompute(benchmark, precision: str, recompute: str) -> None:
+    """Time and peak memory of the student's pass when less of it is kept."""
+    images = 4
+    config, engine, patches = drawn(precision, 0.3, images)
+    model, depth = engine.model, config.model.depth
+    leaves = [p for p in model.parameters() if p.requires_grad]
+
+    def student(kept: str) -> list[Tensor]:
+        model.student.backbone.recompute = kept
+        with autocast(precision):
+            subsets = draw_subsets(patches.groups, 0.3, depth, (0,))
+            z, predicted = model.student_forward(patches, subsets)
+        total = z.square().mul(torch.arange(z.shape[1])).sum() + predicted.float().square().mean()
+        return [total, *(g for g in torch.autograd.grad(total, leaves, allow_unused=True) if g is not None)]
+
+    parameters = sum(p.numel() for p in leaves) * 4
+    per_image = (peak_bytes(lambda: student(recompute), "cpu") - parameters) / images
+    compare(
+        benchmark, op="vit", backend="cpp", peer="recompute none", ours=lambda: student(recompute),
+        theirs=lambda: student("none"), same=all_close(5e-2 if precision == "bf16" else 1e-3), dtype=precision,
+        pairs=3, bytes_per_image=per_image,
+        shape=f"ViT-S student, {images} images, recompute {recompute}: {per_image / 1e6:.0f} MB an image{MALLOC}",
+    )  # fmt: skip

@@ -230,3 +230,74 @@ def test_bad_input(arguments: dict[str, torch.Tensor], sentence: str) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=sentence):
         ops.residual_norm(**{**good, **arguments})
+
+
+# --- the Triton kernels, without a GPU ---
+
+INTERPRETED = """
+import torch
+import test_residual_norm as tests
+from pera_fast.kernels import residual_norm as kernels
+for rows, dim, part, affine, keeps in ((1, 1, 1, True, True), (40, 24, 0.7, True, True), (33, 37, 1, False, True),
+                                       (33, 37, 0.3, True, False), (70, 48, 0.5, False, True)):
+    c = tests.case(rows, dim, part, torch.float32)
+    weight, bias = (c["weight"], c["bias"]) if affine else (None, None)
+    count = rows if c["next_rows"] is None else len(c["next_rows"])
+    results = []
+    for module in (kernels, torch.ops.pera_fast):
+        x, y = c["x"].clone(), torch.full((count, dim), torch.nan)
+        normalised = (torch.full_like(y, torch.nan) if affine else y) if keeps else None
+        deviation = torch.full((count,), torch.nan) if keeps else None
+        module.residual_norm_forward(x, c["branch"], c["rows"], c["scale"], c["next_rows"], weight, bias, 1e-6, y,
+                                     normalised, deviation)
+        out = [x, y]
+        if keeps:
+            gradients = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for t in (x, y)]
+            for given in (gradients, (None, gradients[1]), (gradients[0], None)):
+                dx, db = torch.full_like(x, torch.nan), torch.full_like(c["branch"], torch.nan)
+                dw = [torch.full((dim,), torch.nan) if affine and given[1] is not None else None for _ in range(2)]
+                module.residual_norm_backward(*given, c["rows"], c["scale"], c["next_rows"], weight, normalised,
+                                              deviation, dx, db, *dw)
+                out += [dx, db, *(t for t in dw if t is not None)]
+        results.append(out)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+print("equal")
+"""
+
+
+@needs_cpp
+def test_triton_kernels_in_the_interpreter_equal_those_in_cpp() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [384, 768, 1024])
+def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pera_fast.kernels import aot
+    from pera_fast.kernels import residual_norm as kernels
+
+    floats = dict.fromkeys(
+        ("x", "scale", "weight", "bias", "inverse_deviation", "x_gradient", "out", "partial"), "*fp32"
+    )
+    types = {
+        **floats, **dict.fromkeys(("branch", "y", "normalised", "y_gradient", "branch_gradient"), f"*{dtype}"),
+        **dict.fromkeys(("branch_row", "next_row"), "*i32"), "rows": "i32", "dim": "i32", "eps": "fp32",
+    }  # fmt: skip
+    for kernel in (kernels.forward_kernel, kernels.backward_kernel):
+        flags = [n for n in kernel.arg_names if n.startswith(("HAS_", "KEEPS"))]
+        constants = {**dict.fromkeys(flags, True), "BLOCK": 2 ** (dim - 1).bit_length(), "ROWS": kernels.ROWS}
+        report = aot.compile_kernel(
+            kernel, {n: t for n, t in types.items() if n in kernel.arg_names},
+            {n: v for n, v in constants.items() if n in kernel.arg_names}, capability=capability,
+            num_warps=kernels.NUM_WARPS,
+        )  # fmt: skip
+        assert report.spill_bytes == 0 and report.registers <= 255
+        assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[89]

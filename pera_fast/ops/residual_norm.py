@@ -75,6 +75,15 @@ def _reference(
         return x, y.to(dtype)
 
 
+def _of(x: Tensor) -> Any:
+    """What holds the two passes for this device."""
+    if x.device.type == "cpu":
+        return torch.ops.pera_fast
+    from pera_fast.kernels import residual_norm  # needs Triton
+
+    return residual_norm
+
+
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace,
@@ -90,7 +99,7 @@ class _ResidualNorm(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 inverse_deviation = x.new_empty(count)
                 normalised = y if weight is None and bias is None else torch.empty_like(y)
-        torch.ops.pera_fast.residual_norm_forward(
+        _of(x).residual_norm_forward(
             x, branch, rows, scale, next_rows, weight, bias, eps, y, normalised, inverse_deviation
         )
         ctx.save_for_backward(rows, scale, next_rows, weight, normalised, inverse_deviation)
@@ -119,7 +128,7 @@ class _ResidualNorm(torch.autograd.Function):
                 weight_gradient = torch.empty_like(weight)
             if ctx.needs_input_grad[6]:
                 bias_gradient = out.new_empty(out.shape[1])
-        torch.ops.pera_fast.residual_norm_backward(
+        _of(out).residual_norm_backward(
             x_gradient, y_gradient, rows, scale, next_rows, weight, normalised, inverse_deviation, out,
             branch_gradient, weight_gradient, bias_gradient,
         )  # fmt: skip
@@ -147,5 +156,6 @@ if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::residual_norm_forward", lambda *_: None)
     torch.library.register_fake("pera_fast::residual_norm_backward", lambda *_: None)
 
+_dispatch.register("residual_norm", "triton", _kernels, _library.why_no_triton)
 _dispatch.register("residual_norm", "cpp", _kernels, _library.why_no_cpp)
 _dispatch.register("residual_norm", "reference", _reference)

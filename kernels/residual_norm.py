@@ -1,0 +1,162 @@
+"""residual_norm on a GPU: each row of the stream passes once. Formulas and names: csrc/residual_norm.h.
+
+Rows of a branch are unique, so every result is written once and no atomics are needed; the sums over rows for
+weight and bias are added in a fixed order: equal calls give equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_WARPS = 4
+ROWS = 16  # of one program in the backward pass, which share its sums for weight and bias
+
+
+@triton.jit
+def _place(table, row, HAS_TABLE: tl.constexpr):
+    """Where a row of the stream lies, -1 for nowhere."""
+    place = row
+    if HAS_TABLE:
+        place = tl.load(table + row)
+    return place
+
+
+@triton.jit
+def forward_kernel(
+    x, branch, branch_row, scale, y, next_row, weight, bias, normalised, inverse_deviation, dim, eps,
+    HAS_BRANCH: tl.constexpr, HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_Y: tl.constexpr,
+    HAS_NEXT_ROW: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr,
+    KEEPS_NORMALISED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    inside = k < dim
+    value = tl.load(x + row.to(tl.int64) * dim + k, inside, 0.0)
+    if HAS_BRANCH:
+        source = _place(branch_row, row, HAS_BRANCH_ROW)
+        if source >= 0:
+            factor = 1.0
+            if HAS_SCALE:
+                factor = tl.load(scale + source)
+            added = tl.load(branch + source.to(tl.int64) * dim + k, inside, 0.0).to(tl.float32)
+            value += factor * added
+            tl.store(x + row.to(tl.int64) * dim + k, value, inside)
+    if HAS_Y:
+        target = _place(next_row, row, HAS_NEXT_ROW)
+        if target >= 0:
+            mean = tl.sum(value, 0) / dim
+            centred = tl.where(inside, value - mean, 0.0)
+            inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / dim + eps)
+            out = centred * inverse
+            place = target.to(tl.int64) * dim + k
+            if KEEPS:
+                tl.store(inverse_deviation + target, inverse)
+            if KEEPS_NORMALISED:
+                tl.store(normalised + place, out.to(normalised.dtype.element_ty), inside)
+            if HAS_WEIGHT:
+                out *= tl.load(weight + k, inside, 0.0)
+            if HAS_BIAS:
+                out += tl.load(bias + k, inside, 0.0)
+            tl.store(y + place, out.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def backward_kernel(
+    x_gradient, y_gradient, branch_row, scale, next_row, weight, normalised, inverse_deviation, out,
+    branch_gradient, partial, rows, dim, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NEXT_ROW: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial [programs, 2, dim]: sums over this program's rows for weight and bias."""
+    program = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    inside = k < dim
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    bias_sum = tl.zeros((BLOCK,), tl.float32)
+    factors = tl.full((BLOCK,), 1.0, tl.float32)
+    if HAS_WEIGHT:
+        factors = tl.load(weight + k, inside, 0.0)
+    for i in range(ROWS):
+        row = tl.minimum(program * ROWS + i, rows - 1)  # the last row again, unstored, where there is none
+        stores = inside & (k * 0 + program * ROWS + i < rows)
+        place = row.to(tl.int64) * dim + k
+        gradient = tl.zeros((BLOCK,), tl.float32)
+        if HAS_X:
+            gradient = tl.load(x_gradient + place, inside, 0.0)
+        if HAS_Y:
+            target = _place(next_row, row, HAS_NEXT_ROW)
+            if target >= 0:
+                there = target.to(tl.int64) * dim + k
+                given = tl.load(y_gradient + there, inside, 0.0).to(tl.float32)
+                value = tl.load(normalised + there, inside, 0.0).to(tl.float32)
+                weighted = given * factors
+                mean = tl.sum(weighted, 0) / dim
+                slope = tl.sum(weighted * value, 0) / dim
+                gradient += tl.load(inverse_deviation + target) * (weighted - mean - value * slope)
+                weight_sum += tl.where(stores, given * value, 0.0)
+                bias_sum += tl.where(stores, given, 0.0)
+        tl.store(out + place, gradient, stores)
+        if HAS_BRANCH:
+            source = _place(branch_row, row, HAS_BRANCH_ROW)
+            if source >= 0:
+                factor = 1.0
+                if HAS_SCALE:
+                    factor = tl.load(scale + source)
+                there = source.to(tl.int64) * dim + k
+                tl.store(
+                    branch_gradient + there, (factor * gradient).to(branch_gradient.dtype.element_ty), stores
+                )
+    if HAS_Y:
+        tl.store(partial + program.to(tl.int64) * 2 * dim + k, weight_sum, inside)
+        tl.store(partial + program.to(tl.int64) * 2 * dim + dim + k, bias_sum, inside)
+
+
+def _table(chosen: Tensor | None, rows: int) -> Tensor | None:
+    """Where each row of the stream lies among `chosen`, int32 [rows], -1 for nowhere."""
+    if chosen is None:
+        return None
+    table = torch.full((rows,), -1, dtype=torch.int32, device=chosen.device)
+    return table.scatter_(0, chosen, torch.arange(len(chosen), dtype=torch.int32, device=chosen.device))
+
+
+def residual_norm_forward(
+    x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor | None, normalised: Tensor | None,
+    inverse_deviation: Tensor | None,
+) -> None:  # fmt: skip
+    """As torch.ops.pera_fast.residual_norm_forward; rows that are out of bounds or twice are not noticed."""
+    if len(x) == 0:
+        return
+    keeps_normalised = normalised is not None and y is not None and normalised.data_ptr() != y.data_ptr()
+    forward_kernel[(len(x),)](
+        x, branch, _table(rows, len(x)), scale, y, _table(next_rows, len(x)), weight, bias, normalised,
+        inverse_deviation, x.shape[1], eps, branch is not None, rows is not None, scale is not None,
+        y is not None, next_rows is not None, weight is not None, bias is not None,
+        inverse_deviation is not None, keeps_normalised, triton.next_power_of_2(x.shape[1]),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def residual_norm_backward(
+    x_gradient: Tensor | None, y_gradient: Tensor | None, rows: Tensor | None, scale: Tensor | None,
+    next_rows: Tensor | None, weight: Tensor | None, normalised: Tensor | None,
+    inverse_deviation: Tensor | None, out: Tensor, branch_gradient: Tensor | None,
+    weight_gradient: Tensor | None, bias_gradient: Tensor | None,
+) -> None:  # fmt: skip
+    """As torch.ops.pera_fast.residual_norm_backward."""
+    count, dim = out.shape
+    programs = triton.cdiv(count, ROWS)
+    partial = out.new_zeros(max(programs, 1), 2, dim)
+    if programs:
+        backward_kernel[(programs,)](
+            x_gradient, y_gradient, _table(rows, count), scale, _table(next_rows, count), weight, normalised,
+            inverse_deviation, out, branch_gradient, partial, count, dim, x_gradient is not None,
+            y_gradient is not None, branch_gradient is not None, rows is not None, scale is not None,
+            next_rows is not None, weight is not None, ROWS, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    for which, target in enumerate((weight_gradient, bias_gradient)):
+        if target is not None:
+            torch.sum(partial[:, which], 0, out=target)

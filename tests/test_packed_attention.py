@@ -227,3 +227,91 @@ def test_no_rows_at_all() -> None:
 def test_gradients_of_the_reference() -> None:
     qkv = torch.randn(7, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: reference.packed_attention(x, [(2, 2), (1, 3)], 0.5), qkv)
+
+
+# --- the Triton kernels, without a GPU ---
+
+INTERPRETED = """
+import torch
+from pera_fast import reference
+from pera_fast.kernels import packed_attention as kernels
+block_d = lambda dim: max(16, 1 << (dim - 1).bit_length())
+for block in (16, 64):
+  kernels.config = lambda dtype, dim: (block, block_d(dim), 4)
+  for groups, heads, dim in (
+      (((4, 8), (3, 23)), 2, 32), (((1, 1),), 1, 64), (((1, 70), (9, 8)), 2, 80), (((2, 158),), 1, 64),
+      (((1, 64), (1, 65), (2, 0), (1, 33)), 1, 96), (((2, 130), (5, 7)), 1, 128),
+  ):
+      torch.manual_seed(0)
+      rows = sum(n * length for n, length in groups)
+      qkv = torch.randn(rows, 3, heads, dim, requires_grad=True)
+      gradient, scale = torch.randn(rows, heads, dim), 1.3 * dim ** -0.5
+      want = reference.packed_attention(qkv, [g for g in groups if g[1]], scale)
+      (want_gradient,) = torch.autograd.grad(want, qkv, gradient)
+      out, softmax = torch.full_like(want, torch.nan), torch.full((heads, 2, rows), torch.nan)
+      kernels.attention_forward(qkv.detach(), groups, scale, out, softmax)
+      torch.testing.assert_close(out, want.detach(), rtol=1e-5, atol=1e-5)
+      assert softmax.isfinite().all()
+      got = torch.full_like(qkv, torch.nan)
+      kernels.attention_backward(gradient, qkv.detach(), groups, scale, out, softmax, got)
+      torch.testing.assert_close(got, want_gradient, rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+def test_triton_kernels_in_the_interpreter_equal_the_reference() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_tiles_cover_every_row_once() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pera_fast.kernels import packed_attention as kernels
+
+    groups = ((5, 8), (2, 23), (3, 158), (1, 64), (4, 1), (2, 0), (1, 471))
+    block = 64
+    tiles = kernels.tiles_of(groups, torch.device("cpu"), block)
+    rows = [row for first, end, _, _ in tiles.every.tolist() for row in range(first, end)]
+    assert sorted(rows) == list(range(sum(n * length for n, length in groups)))
+    for first, end, first_key, end_key in tiles.every.tolist():
+        assert 0 < end - first <= block
+        # A row's own sequence lies within the tile's keys; of a short tile keys and rows are the same.
+        assert first_key <= tiles.start[first:end].min() and tiles.end[first:end].max() <= end_key
+    assert all(tile[:2] == tile[2:] for tile in tiles.short.tolist())
+    assert len(tiles.every) == len(tiles.short) + len(tiles.long)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pera_fast.kernels import aot
+    from pera_fast.kernels import packed_attention as kernels
+
+    floats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype == "fp32" and dim > 64:
+        with pytest.raises(ValueError, match="head_dim: expected at most 64 in torch.float32, got"):
+            kernels.config(floats[dtype], dim)
+        return
+    block, block_d, warps = kernels.config(floats[dtype], dim)
+    types = {
+        **dict.fromkeys(("qkv", "out", "gradient", "qkv_gradient"), f"*{dtype}"), "softmax": "*fp32", "along": "*fp32",
+        **dict.fromkeys(("tiles", "start", "end"), "*i32"), **dict.fromkeys(("rows", "heads", "dim"), "i32"),
+        "scale": "fp32",
+    }  # fmt: skip
+    for kernel in (
+        kernels.forward_kernel, kernels.short_backward_kernel, kernels.query_backward_kernel,
+        kernels.key_backward_kernel,
+    ):  # fmt: skip
+        report = aot.compile_kernel(
+            kernel, {name: types[name] for name in kernel.arg_names if name in types},
+            {"BLOCK": block, "BLOCK_D": block_d}, capability=capability,
+            num_warps=warps, num_stages=kernels.NUM_STAGES,
+        )  # fmt: skip
+        assert report.spill_bytes == 0, f"{report.name}: {report.spill_bytes} bytes spilled"
+        assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[capability]

@@ -7,6 +7,7 @@ Every op registers its implementations by backend name:
     cpp         this project's C++ library, CPU tensors
     cuda        this project's CUDA library, CUDA tensors
     triton      pera_fast.kernels, CUDA tensors
+    xformers    the xformers library, CUDA tensors
 
 `PERA_FAST_BACKEND` selects: `auto` (default), one name for every op that has it, or a comma-separated
 list such as `disjoint_masks=cpp,packed_attention=reference`. A backend asked for by name fails loudly;
@@ -23,8 +24,15 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "torch", "cpp", "cuda", "triton")
-_DEVICES = {"reference": None, "torch": None, "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
+BACKENDS = ("reference", "torch", "cpp", "cuda", "triton", "xformers")
+_DEVICES = {
+    "reference": None,
+    "torch": None,
+    "cpp": "cpu",
+    "cuda": "cuda",
+    "triton": "cuda",
+    "xformers": "cuda",
+}
 _log = logging.getLogger("pera_fast")
 
 

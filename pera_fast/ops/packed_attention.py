@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 
@@ -104,7 +105,12 @@ def _forward(
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
     softmax = qkv.new_empty(heads, 2, rows, dtype=torch.float32)
-    torch.ops.pera_fast.attention_forward(qkv, _starts(_pairs(counts, lengths)), scale, out, softmax)
+    if qkv.device.type == "cpu":
+        torch.ops.pera_fast.attention_forward(qkv, _starts(_pairs(counts, lengths)), scale, out, softmax)
+    else:
+        from pera_fast.kernels import packed_attention as kernels  # needs Triton
+
+        kernels.attention_forward(qkv, _pairs(counts, lengths), scale, out, softmax)
     return out, softmax
 
 
@@ -120,9 +126,15 @@ def _backward(
     scale: float,
 ) -> Tensor:  # fmt: skip
     qkv_gradient = torch.empty_like(qkv)
-    torch.ops.pera_fast.attention_backward(
-        gradient.contiguous(), qkv, _starts(_pairs(counts, lengths)), scale, out, softmax, qkv_gradient
-    )
+    gradient, groups = gradient.contiguous(), _pairs(counts, lengths)
+    if qkv.device.type == "cpu":
+        torch.ops.pera_fast.attention_backward(
+            gradient, qkv, _starts(groups), scale, out, softmax, qkv_gradient
+        )
+    else:
+        from pera_fast.kernels import packed_attention as kernels  # needs Triton
+
+        kernels.attention_backward(gradient, qkv, groups, scale, out, softmax, qkv_gradient)
     return qkv_gradient
 
 
@@ -147,10 +159,27 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     if qkv.dtype == torch.float64:
         return _sdpa(qkv, groups, scale)
+    if qkv.device.type != "cpu" and qkv.shape[3] > (64 if qkv.dtype == torch.float32 else 128):
+        return _sdpa(qkv, groups, scale)  # no tile of these fits into a GPU's registers
     if qkv.dtype == torch.float16 and qkv.device.type == "cpu":
         return _kernels(qkv.float(), groups, scale).half()  # rare on a CPU, and exact in float32
     counts, lengths = [n for n, _ in groups], [length for _, length in groups]
     return _forward(qkv.contiguous(), counts, lengths, scale)[0]
+
+
+def _xformers(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
+    from xformers.ops import fmha
+
+    query, key, value = qkv[None].unbind(2)
+    lengths = [length for sequences, length in groups for _ in range(sequences)]
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=qkv.device)
+    return fmha.memory_efficient_attention(query, key, value, attn_bias=mask, scale=scale)[0]
+
+
+def _why_no_xformers() -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed"
+    return None if torch.cuda.is_available() else "no GPU visible"
 
 
 def _sdpa(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
@@ -169,5 +198,8 @@ if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::attention_backward", lambda *_: None)
 
 _dispatch.register("packed_attention", "cpp", _kernels, _library.why_no_cpp)
+# On a GPU the library goes first until the kernels have been measured there (bench_packed_attention.py).
 _dispatch.register("packed_attention", "torch", _sdpa)
+_dispatch.register("packed_attention", "triton", _kernels, _library.why_no_triton)
+_dispatch.register("packed_attention", "xformers", _xformers, _why_no_xformers)
 _dispatch.register("packed_attention", "reference", reference.packed_attention)

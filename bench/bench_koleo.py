@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_distill_loss import PROTOTYPES, inputs, logits
+from bench_distill_loss import MALLOC, PROTOTYPES, inputs, logits
 from compare import all_close, compare
 from torch import Tensor
 
@@ -32,5 +32,5 @@ def bench_koleo(benchmark, images: int) -> None:
     compare(
         benchmark, op="koleo", backend=_dispatch.resolve("koleo", "cpu").backend, peer="materialised logits",
         ours=ours, theirs=theirs, same=all_close(1e-4), pairs=3,
-        shape=f"2 crops of {images} images, {PROTOTYPES} prototypes, fwd+bwd",
+        shape=f"2 crops of {images} images, {PROTOTYPES} prototypes, fwd+bwd{MALLOC}",
     )  # fmt: skip

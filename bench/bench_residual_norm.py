@@ -1,40 +1,73 @@
 """residual_norm forward and backward against index_add, index_select and LayerNorm one after the other."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
-from compare import all_close, compare
+from compare import all_close, compare, near
+from torch import Tensor
 
 from pera_fast import ops
 from pera_fast.ops import _dispatch
 
+MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 
-def bench_residual_norm(benchmark) -> None:
+
+def chain(
+    x: Tensor,
+    branch: Tensor,
+    subsets: list[Tensor],
+    sequences: int,
+    alpha: float,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The usual way: whole sequences are added and chosen."""
+    dim = x.shape[1]
+    flat = x.view(sequences, -1)
+    added = torch.index_add(
+        flat, 0, subsets[0], branch.to(x.dtype).view(len(subsets[0]), -1), alpha=alpha
+    ).view_as(x)
+    chosen = torch.index_select(added.view(sequences, -1), 0, subsets[1]).view(-1, dim)
+    return added, F.layer_norm(chosen, (dim,), weight, bias, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peer", ["index_add, index_select, LayerNorm", "the same, torch.compile"])
+@pytest.mark.parametrize(("sequences", "length", "dim"), [(32, 158, 384), (8, 315, 384), (8, 315, 768)])
+def bench_residual_norm(
+    benchmark, sequences: int, length: int, dim: int, peer: str, dtype: torch.dtype
+) -> None:
+    """dtype: of the branch and of the normalised rows; the stream is float32. Both keep x."""
     torch.manual_seed(0)
-    sequences, length, dim = 32, 158, 384
     x = torch.randn(sequences * length, dim, requires_grad=True)
     subsets = [torch.randperm(sequences)[: int(sequences * 0.7)] for _ in range(2)]
     rows, next_rows = ((s[:, None] * length + torch.arange(length)).flatten() for s in subsets)
-    branch = torch.randn(len(rows), dim, requires_grad=True)
-    scale = torch.full((len(rows),), sequences / len(subsets[0]))
+    branch = torch.randn(len(rows), dim).to(dtype).requires_grad_()
+    alpha = sequences / len(subsets[0])
+    scale = torch.full((len(rows),), alpha)
     weight, bias = torch.ones(dim, requires_grad=True), torch.zeros(dim, requires_grad=True)
     inputs = (x, branch, weight, bias)
+    gradients = torch.randn_like(x), torch.randn(len(next_rows), dim).to(dtype)
+    usual: Callable[..., tuple[Tensor, Tensor]] = torch.compile(chain) if "compile" in peer else chain
 
-    def finish(stream: torch.Tensor, normed: torch.Tensor) -> list[torch.Tensor]:
-        return [stream, normed, *torch.autograd.grad(stream.square().sum() + normed.pow(3).sum(), inputs)]
+    def finish(stream: Tensor, normed: Tensor) -> list[Tensor]:
+        return [stream, normed, *torch.autograd.grad((stream, normed), inputs, gradients)]
 
-    def ours() -> list[torch.Tensor]:
-        return finish(*ops.residual_norm(x, branch, rows, scale, next_rows, weight, bias))
+    def ours() -> list[Tensor]:
+        return finish(*ops.residual_norm(x, branch, rows, scale, next_rows, weight, bias, dtype=dtype))
 
-    def theirs() -> list[torch.Tensor]:
-        flat = x.view(sequences, -1)
-        added = torch.index_add(
-            flat, 0, subsets[0], branch.view(len(subsets[0]), -1), alpha=float(scale[0])
-        ).view_as(x)
-        chosen = torch.index_select(added.view(sequences, -1), 0, subsets[1]).view(-1, dim)
-        return finish(added, F.layer_norm(chosen, (dim,), weight, bias, 1e-6))
+    def theirs() -> list[Tensor]:
+        added, normed = usual(x, branch, subsets, sequences, alpha, weight, bias)
+        return finish(added, normed.to(dtype))
 
     compare(
         benchmark, op="residual_norm", backend=_dispatch.resolve("residual_norm", "cpu").backend,
-        peer="index_add, index_select, LayerNorm", ours=ours, theirs=theirs, same=all_close(1e-3),
-        shape="32x158 rows of 384, 70 % subsets, fwd+bwd",
+        peer=peer, ours=ours, theirs=theirs, same=all_close(1e-3) if dtype == torch.float32 else near, pairs=9,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=f"{sequences}x{length} rows of {dim}, 70 % subsets, fwd+bwd{MALLOC}",
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from baselines import eager_step
 from bench_patch_embed import whole_views
-from compare import all_close, compare, peak_bytes
+from compare import all_close, compare, near, peak_bytes
 from torch import Tensor
 from workload import batch, small_vit_s, statistics
 
@@ -34,7 +34,7 @@ def autocast(precision: str) -> torch.autocast:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("drop_path", "images"), [(0.0, 4), (0.3, 4), (0.3, 16)])
+@pytest.mark.parametrize(("drop_path", "images"), [(0.0, 2), (0.3, 4)])
 def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
     """Both from the same patches; the eager side is given whole views and embeds them all."""
     config, engine, patches = drawn(precision, drop_path, images)
@@ -71,7 +71,7 @@ def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
 
     compare(
         benchmark, op="vit", backend="cpp", peer="eager data flow", ours=ours, theirs=theirs,
-        same=all_close(5e-2 if precision == "bf16" else 1e-3), dtype=precision, pairs=3,
+        same=near if precision == "bf16" else all_close(1e-3), dtype=precision, pairs=3,
         shape=f"ViT-S, {images} images, drop path {drop_path}, student fwd+bwd, teacher fwd{MALLOC}",
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
 @pytest.mark.parametrize("recompute", ["none", "norms", "blocks"])
 def bench_recompute(benchmark, precision: str, recompute: str) -> None:
     """Time and peak memory of the student's pass when less of it is kept."""
-    images = 4
+    images = 2
     config, engine, patches = drawn(precision, 0.3, images)
     model, depth = engine.model, config.model.depth
     leaves = [p for p in model.parameters() if p.requires_grad]
@@ -97,7 +97,7 @@ def bench_recompute(benchmark, precision: str, recompute: str) -> None:
     per_image = (peak_bytes(lambda: student(recompute), "cpu") - parameters) / images
     compare(
         benchmark, op="vit", backend="cpp", peer="recompute none", ours=lambda: student(recompute),
-        theirs=lambda: student("none"), same=all_close(5e-2 if precision == "bf16" else 1e-3), dtype=precision,
-        pairs=3, bytes_per_image=per_image,
+        theirs=lambda: student("none"), same=near if precision == "bf16" else all_close(1e-3), dtype=precision,
+        pairs=2, bytes_per_image=per_image,
         shape=f"ViT-S student, {images} images, recompute {recompute}: {per_image / 1e6:.0f} MB an image{MALLOC}",
     )  # fmt: skip

@@ -70,6 +70,12 @@ def compare(
     return benchmark.extra_info["ratio_vs_peer"]
 
 
+def near(a: list[Tensor], b: list[Tensor]) -> None:
+    """For bfloat16: every tensor to a tenth of its norm."""
+    for x, y in zip(a, b, strict=True):
+        assert (x.float() - y.float()).norm() <= 0.1 * y.float().norm() + 1e-6
+
+
 def all_close(tolerance: float) -> Callable[[Any, Any], None]:
     """A `same` for tensors or sequences of them: relative and absolute tolerance."""
 

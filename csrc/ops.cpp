@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
       "attention_backward(Tensor gradient, Tensor qkv, Tensor starts, float scale, Tensor out, Tensor softmax, "
       "Tensor(a!) qkv_gradient) -> ()");
   m.def(
-      "residual_norm_forward(Tensor(a!) x, Tensor? branch, Tensor? rows, Tensor? scale, Tensor? next_rows, "
+      "residual_norm_forward(Tensor source, Tensor(a!) x, Tensor? branch, Tensor? rows, Tensor? scale, Tensor? next_rows, "
       "Tensor? weight, Tensor? bias, float eps, Tensor(b!)? y, Tensor(c!)? normalised, "
       "Tensor(d!)? inverse_deviation) -> ()");
   m.def(

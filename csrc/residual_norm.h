@@ -9,7 +9,8 @@ namespace pera_fast {
 
 struct ResidualNorm {
   int64_t rows, dim;
-  float* x;  // [rows, dim], added to in place
+  const float* source;  // [rows, dim], the stream before the addition; may be x
+  float* x;             // [rows, dim], and after it
   const void* branch;  // [r, dim], null for none
   bool branch_is_bfloat16;
   const int32_t* branch_row;

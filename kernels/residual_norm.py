@@ -26,7 +26,7 @@ def _place(table, row, HAS_TABLE: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, branch, branch_row, scale, y, next_row, weight, bias, normalised, inverse_deviation, dim, eps,
+    source, x, branch, branch_row, scale, y, next_row, weight, bias, normalised, inverse_deviation, dim, eps,
     HAS_BRANCH: tl.constexpr, HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_NEXT_ROW: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr,
     KEEPS_NORMALISED: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,16 +34,16 @@ def forward_kernel(
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     inside = k < dim
-    value = tl.load(x + row.to(tl.int64) * dim + k, inside, 0.0)
+    value = tl.load(source + row.to(tl.int64) * dim + k, inside, 0.0)
     if HAS_BRANCH:
-        source = _place(branch_row, row, HAS_BRANCH_ROW)
-        if source >= 0:
+        place = _place(branch_row, row, HAS_BRANCH_ROW)
+        if place >= 0:
             factor = 1.0
             if HAS_SCALE:
-                factor = tl.load(scale + source)
-            added = tl.load(branch + source.to(tl.int64) * dim + k, inside, 0.0).to(tl.float32)
+                factor = tl.load(scale + place)
+            added = tl.load(branch + place.to(tl.int64) * dim + k, inside, 0.0).to(tl.float32)
             value += factor * added
-            tl.store(x + row.to(tl.int64) * dim + k, value, inside)
+        tl.store(x + row.to(tl.int64) * dim + k, value, inside)
     if HAS_Y:
         target = _place(next_row, row, HAS_NEXT_ROW)
         if target >= 0:
@@ -51,16 +51,16 @@ def forward_kernel(
             centred = tl.where(inside, value - mean, 0.0)
             inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / dim + eps)
             out = centred * inverse
-            place = target.to(tl.int64) * dim + k
+            there = target.to(tl.int64) * dim + k
             if KEEPS:
                 tl.store(inverse_deviation + target, inverse)
             if KEEPS_NORMALISED:
-                tl.store(normalised + place, out.to(normalised.dtype.element_ty), inside)
+                tl.store(normalised + there, out.to(normalised.dtype.element_ty), inside)
             if HAS_WEIGHT:
                 out *= tl.load(weight + k, inside, 0.0)
             if HAS_BIAS:
                 out += tl.load(bias + k, inside, 0.0)
-            tl.store(y + place, out.to(y.dtype.element_ty), inside)
+            tl.store(y + there, out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -123,6 +123,7 @@ def _table(chosen: Tensor | None, rows: int) -> Tensor | None:
 
 
 def residual_norm_forward(
+    source: Tensor,
     x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, eps: float, y: Tensor | None, normalised: Tensor | None,
     inverse_deviation: Tensor | None,
@@ -132,7 +133,7 @@ def residual_norm_forward(
         return
     keeps_normalised = normalised is not None and y is not None and normalised.data_ptr() != y.data_ptr()
     forward_kernel[(len(x),)](
-        x, branch, _table(rows, len(x)), scale, y, _table(next_rows, len(x)), weight, bias, normalised,
+        source, x, branch, _table(rows, len(x)), scale, y, _table(next_rows, len(x)), weight, bias, normalised,
         inverse_deviation, x.shape[1], eps, branch is not None, rows is not None, scale is not None,
         y is not None, next_rows is not None, weight is not None, bias is not None,
         inverse_deviation is not None, keeps_normalised, triton.next_power_of_2(x.shape[1]),

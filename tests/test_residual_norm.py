@@ -245,11 +245,11 @@ for rows, dim, part, affine, keeps in ((1, 1, 1, True, True), (40, 24, 0.7, True
     count = rows if c["next_rows"] is None else len(c["next_rows"])
     results = []
     for module in (kernels, torch.ops.pera_fast):
-        x, y = c["x"].clone(), torch.full((count, dim), torch.nan)
+        x, y = torch.full_like(c["x"], torch.nan), torch.full((count, dim), torch.nan)
         normalised = (torch.full_like(y, torch.nan) if affine else y) if keeps else None
         deviation = torch.full((count,), torch.nan) if keeps else None
-        module.residual_norm_forward(x, c["branch"], c["rows"], c["scale"], c["next_rows"], weight, bias, 1e-6, y,
-                                     normalised, deviation)
+        module.residual_norm_forward(c["x"], x, c["branch"], c["rows"], c["scale"], c["next_rows"], weight, bias, 1e-6,
+                                     y, normalised, deviation)
         out = [x, y]
         if keeps:
             gradients = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for t in (x, y)]
@@ -285,7 +285,8 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
     from pera_fast.kernels import residual_norm as kernels
 
     floats = dict.fromkeys(
-        ("x", "scale", "weight", "bias", "inverse_deviation", "x_gradient", "out", "partial"), "*fp32"
+        ("source", "x", "scale", "weight", "bias", "inverse_deviation", "x_gradient", "out", "partial"),
+        "*fp32",
     )
     types = {
         **floats, **dict.fromkeys(("branch", "y", "normalised", "y_gradient", "branch_gradient"), f"*{dtype}"),

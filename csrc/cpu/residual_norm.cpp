@@ -60,7 +60,7 @@ const int32_t* table_of(const Maybe& chosen, const std::vector<int32_t>& places)
 }
 
 void residual_norm_forward(
-    Tensor x, const Maybe& branch, const Maybe& rows, const Maybe& scale, const Maybe& next_rows,
+    const Tensor& source, Tensor x, const Maybe& branch, const Maybe& rows, const Maybe& scale, const Maybe& next_rows,
     const Maybe& weight, const Maybe& bias, double eps, const Maybe& y, const Maybe& normalised,
     const Maybe& inverse_deviation) {
   static const auto kernel = PERA_FAST_CHOOSE(residual_norm_forward);
@@ -69,6 +69,7 @@ void residual_norm_forward(
   p.rows = x.size(0);
   p.dim = x.size(1);
   p.x = const_cast<float*>(floats(x, "x", p.rows * p.dim));
+  p.source = floats(source, "source", p.rows * p.dim);
   const std::vector<int32_t> branch_row = places(rows, "rows", p.rows);
   const std::vector<int32_t> next_row = places(next_rows, "next_rows", p.rows);
   const std::vector<float> ones(static_cast<size_t>(p.dim), 1.0f), zeros(static_cast<size_t>(p.dim));

@@ -28,13 +28,17 @@ inline void forward_rows(const ResidualNorm& p, int64_t begin, int64_t end) {
   const int64_t dim = p.dim;
   const float *__restrict weight = p.weight, *__restrict bias = p.bias;
   for (int64_t row = begin; row < end; ++row) {
-    float* __restrict x = p.x + row * dim;
+    const float* const source = p.source + row * dim;
+    float* const x = p.x + row * dim;
     const int64_t from = p.branch == nullptr ? -1 : place(p.branch_row, row);
     if (from >= 0) {
       const typename Branch::Type* branch = static_cast<const typename Branch::Type*>(p.branch) + from * dim;
       const float scale = p.scale == nullptr ? 1.0f : p.scale[from];
 #pragma omp simd
-      for (int64_t k = 0; k < dim; ++k) x[k] += scale * Branch::to(branch[k]);
+      for (int64_t k = 0; k < dim; ++k) x[k] = source[k] + scale * Branch::to(branch[k]);
+    } else if (source != x) {
+#pragma omp simd
+      for (int64_t k = 0; k < dim; ++k) x[k] = source[k];
     }
     const int64_t to = p.y == nullptr ? -1 : place(p.next_row, row);
     if (to < 0) continue;

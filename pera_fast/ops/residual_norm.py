@@ -90,8 +90,9 @@ class _ResidualNorm(torch.autograd.Function):
                 normalise):  # type: ignore[no-untyped-def]  # fmt: skip
         if branch is not None and inplace:
             ctx.mark_dirty(x)
-        elif branch is not None:
-            x = x.clone()
+        source = x
+        if branch is not None and not inplace:
+            x = torch.empty_like(x)
         y = normalised = inverse_deviation = None
         if normalise:
             count = len(x) if next_rows is None else len(next_rows)
@@ -100,7 +101,7 @@ class _ResidualNorm(torch.autograd.Function):
                 inverse_deviation = x.new_empty(count)
                 normalised = y if weight is None and bias is None else torch.empty_like(y)
         _of(x).residual_norm_forward(
-            x, branch, rows, scale, next_rows, weight, bias, eps, y, normalised, inverse_deviation
+            source, x, branch, rows, scale, next_rows, weight, bias, eps, y, normalised, inverse_deviation
         )
         ctx.save_for_backward(rows, scale, next_rows, weight, normalised, inverse_deviation)
         ctx.branch_dtype, ctx.shape, ctx.inplace = None if branch is None else branch.dtype, x.shape, inplace

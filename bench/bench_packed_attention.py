@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_distill_loss import peak_flops
 from compare import all_close, compare
 from torch import Tensor
 
@@ -94,6 +95,6 @@ def bench_packed_attention(
         peer=peer, ours=lambda: run(ops.packed_attention), theirs=lambda: run(PEERS[peer]),
         same=all_close(2e-2 if dtype == torch.bfloat16 else 1e-4), pairs=9,
         dtype=str(dtype).removeprefix("torch."),
-        flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
+        peak_flops=peak_flops("float32"), flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
         shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, {model}, fwd+bwd{MALLOC}",
     )  # fmt: skip

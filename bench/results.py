@@ -54,7 +54,11 @@ def table(results: dict[str, Any]) -> str:
         ]
         for row in rows:
             low, high = row["ratio_spread"]
-            share = f"{row['flops'] / row['ours_ms'] * 1e3 / row['peak_flops']:.0%}" if "flops" in row else ""
+            share = (
+                f"{row['flops'] / row['ours_ms'] * 1e3 / row['peak_flops']:.0%}"
+                if "peak_flops" in row
+                else ""
+            )
             lines.append(
                 f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {row['ours_ms']:.3g} "
                 f"| {row['peer']} | {row['peer_ms']:.3g} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "

@@ -270,6 +270,14 @@ def patch_embed(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor, plac
     return tokens.index_add(0, place, product.to(table.dtype))
 
 
+# --- linear ---------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias. x [R, F], weight [D, F], bias [D] -> [R, D]."""
+    return F.linear(x, weight, bias)
+
+
 # --- packed_attention -----------------------------------------------------------------------------------
 
 

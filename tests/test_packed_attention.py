@@ -229,6 +229,35 @@ def test_gradients_of_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda x: reference.packed_attention(x, [(2, 2), (1, 3)], 0.5), qkv)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+@pytest.mark.parametrize("groups", MIXES)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", SLACK)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_numerics_on_cuda(
+    groups: list[tuple[int, int]],
+    head_dim: int,
+    dtype: torch.dtype,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"packed_attention={backend}")
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(n * length for n, length in groups), 3, 2, head_dim, device="cuda").to(dtype)
+    scale = head_dim**-0.5
+    three_way(
+        lambda x: ops.packed_attention(x, groups),
+        lambda x: reference.packed_attention(x, groups, scale),
+        qkv,
+        slack=SLACK[dtype],
+    )
+    x = qkv.requires_grad_()
+    runs = [
+        torch.autograd.grad(ops.packed_attention(x, groups).float().square().sum(), x)[0] for _ in range(2)
+    ]
+    assert backend != "triton" or torch.equal(*runs)
+
+
 # --- the Triton kernels, without a GPU ---
 
 INTERPRETED = """

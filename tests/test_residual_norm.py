@@ -232,6 +232,28 @@ def test_bad_input(arguments: dict[str, torch.Tensor], sentence: str) -> None:
         ops.residual_norm(**{**good, **arguments})
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("part", [0.3, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numerics_on_cuda(
+    part: float, dtype: torch.dtype, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", "residual_norm=triton")
+    c = {k: v if v is None else v.cuda() for k, v in case(300, 384, part, dtype).items()}
+
+    def stacked(stream: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat((stream.flatten(), 0.1 * y.to(stream.dtype).flatten()))
+
+    rest = (c["rows"], c["scale"], c["next_rows"])
+    three_way(
+        lambda x, b, w, c: stacked(*ops.residual_norm(x * 1.0, b, *rest, w, c, dtype=dtype, inplace=inplace)),
+        lambda x, b, w, c: stacked(*reference.residual_norm(x, b, *rest, w, c, 1e-6)),
+        c["x"], c["branch"], c["weight"], c["bias"],
+        slack=5e-3 if dtype == torch.bfloat16 else 1e-6,
+    )  # fmt: skip
+
+
 # --- the Triton kernels, without a GPU ---
 
 INTERPRETED = """

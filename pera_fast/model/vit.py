@@ -31,6 +31,10 @@ class Subset:
     scale: Tensor | None = None  # float32 [r], b / subset size of the row's group
 
 
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return ops.linear(x, layer.weight, layer.bias)
+
+
 class Attention(nn.Module):
     """A branch of a block, in two halves: `enter` is its first product, `leave` the rest."""
 
@@ -41,11 +45,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def enter(self, x: Tensor) -> Tensor:
-        return self.qkv(x)
+        return _linear(self.qkv, x)
 
     def leave(self, qkv: Tensor, groups: Groups) -> Tensor:
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(ops.packed_attention(qkv, groups).flatten(1))
+        return _linear(self.proj, ops.packed_attention(qkv, groups).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -57,10 +61,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def enter(self, x: Tensor) -> Tensor:
-        return self.fc1(x)
+        return _linear(self.fc1, x)
 
     def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
-        return self.fc2(F.gelu(hidden))
+        return _linear(self.fc2, F.gelu(hidden))
 
 
 def _run(branch: Attention | Mlp, norm: nn.LayerNorm, x: Tensor, groups: Groups, recompute: str) -> Tensor:
@@ -263,7 +267,9 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, embed_dim] -> unit rows [n, bottleneck] in float32 or better; the last layer is the caller's."""
-        z = self.mlp(x)
+        z = x
+        for layer in self.mlp:
+            z = _linear(layer, z) if isinstance(layer, nn.Linear) else layer(z)
         # Normalising in float32 keeps unit length to 1e-7 where bfloat16 would leave 1e-2.
         z = z if z.dtype == torch.float64 else z.float()
         return F.normalize(z, dim=-1, eps=1e-12)

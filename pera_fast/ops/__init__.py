@@ -6,6 +6,7 @@ from pera_fast.ops.crop_patches import CropTable, SourceImages, crop_patches, pa
 from pera_fast.ops.disjoint_masks import disjoint_masks
 from pera_fast.ops.distill_loss import distill_loss, mean_prototype_logit, sinkhorn_centre
 from pera_fast.ops.koleo import koleo
+from pera_fast.ops.linear import linear
 from pera_fast.ops.packed_attention import packed_attention
 from pera_fast.ops.patch_embed import patch_embed
 from pera_fast.ops.residual_norm import residual_add, residual_norm
@@ -19,6 +20,7 @@ __all__ = [
     "disjoint_masks",
     "distill_loss",
     "koleo",
+    "linear",
     "mean_prototype_logit",
     "pack_images",
     "packed_attention",

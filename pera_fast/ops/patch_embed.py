@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pera_fast import reference
 from pera_fast.ops import _dispatch
+from pera_fast.ops.linear import linear
 from pera_fast.ops.residual_norm import residual_add
 
 
@@ -42,28 +43,14 @@ def _library(rows: Tensor, weight: Tensor, table: Tensor, index: Tensor, place: 
     tokens = F.embedding(index, table)
     if place is not None:
         return residual_add(tokens, _product(rows, weight), place, None, inplace=True)
-    if (
-        not torch.is_autocast_enabled(rows.device.type)
-        and rows.dtype == tokens.dtype
-        and not _by_convolution(rows)
-    ):
+    low = torch.is_autocast_enabled(rows.device.type)
+    if rows.device.type != "cpu" and rows.dtype == tokens.dtype and not low:
         return tokens.addmm_(rows, weight.to(rows.dtype).T)  # added within the product
     return tokens.add_(_product(rows, weight))
 
 
-def _by_convolution(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.dtype == torch.float32
-
-
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows · weightᵀ."""
-    if torch.is_autocast_enabled(rows.device.type) or not _by_convolution(rows):
-        return F.linear(rows, weight.to(rows.dtype))
-    # As a convolution of one pixel, oneDNN takes the product: up to twice as fast as the BLAS behind F.linear on
-    # AMD processors, where that is MKL (bench_patch_embed.py).
-    pixels = rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
-    kernel = weight.float()[:, :, None, None].contiguous(memory_format=torch.channels_last)
-    return F.conv2d(pixels, kernel).permute(0, 2, 3, 1).view(len(rows), -1)
+    return linear(rows, weight if torch.is_autocast_enabled(rows.device.type) else weight.to(rows.dtype))
 
 
 _dispatch.register("patch_embed", "torch", _library)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import all_close, compare
+from compare import all_close, compare, needs_gpu, seconds_of
 from torch import Tensor
 
 from pera_fast import ops
@@ -18,15 +18,15 @@ from pera_fast.ops import _dispatch
 PROTOTYPES, DIM, CROPS = 131072, 384, 10
 
 
-def inputs(rows: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+def inputs(rows: int, device: str = "cpu") -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """z, v, g of student and teacher, and the centre."""
     torch.manual_seed(0)
-    z = [F.normalize(torch.randn(rows, DIM), dim=-1) for _ in range(2)]
-    v = [torch.randn(PROTOTYPES, DIM) for _ in range(2)]
-    g = [torch.ones(PROTOTYPES, 1) for _ in range(2)]
+    z = [F.normalize(torch.randn(rows, DIM, device=device), dim=-1) for _ in range(2)]
+    v = [torch.randn(PROTOTYPES, DIM, device=device) for _ in range(2)]
+    g = [torch.ones(PROTOTYPES, 1, device=device) for _ in range(2)]
     for x in (z[0], v[0], g[0]):
         x.requires_grad_()
-    return z, v, g, torch.zeros(PROTOTYPES)
+    return z, v, g, torch.zeros(PROTOTYPES, device=device)
 
 
 def logits(z: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -46,8 +46,11 @@ def flops(rows: int) -> int:
 
 
 @functools.cache
-def peak_flops(precision: str) -> float:
-    """Best rate of a square product of 2048 in this process, per second."""
+def peak_flops(precision: str, device: str = "cpu") -> float:
+    """Best rate of a large square product in this process, per second."""
+    if device == "cuda":
+        b = torch.randn(8192, 8192, dtype=getattr(torch, precision), device=device)
+        return 2 * 8192**3 / min(seconds_of(lambda: b @ b, device) for _ in range(10))
     a = torch.randn(2048, 2048, dtype=getattr(torch, precision))
     pixels, kernel = a.view(1, 2048, 1, 2048).permute(0, 3, 1, 2), a[:, :, None, None]
     seconds = []
@@ -63,15 +66,17 @@ def peak_flops(precision: str) -> float:
 MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 
 
-@pytest.mark.parametrize("images", [8, 16, 64])
+@pytest.mark.parametrize(
+    ("images", "device"), [(8, "cpu"), (16, "cpu"), (64, "cpu"), pytest.param(64, "cuda", marks=needs_gpu)]
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", ["materialised logits", "materialised logits, torch.compile"])
-def bench_distill_loss(benchmark, images: int, precision: str, peer: str) -> None:
-    if images == 64 and peer.endswith("compile"):
+def bench_distill_loss(benchmark, images: int, device: str, precision: str, peer: str) -> None:
+    if images == 64 and device == "cpu" and peer.endswith("compile"):
         pytest.skip("the largest batch once is enough")
-    z, v, g, centre = inputs(images * CROPS)
+    z, v, g, centre = inputs(images * CROPS, device)
     leaves = [z[0], v[0], g[0]]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
     function = torch.compile(materialised) if peer.endswith("compile") else materialised
 
     def ours() -> list[Tensor]:
@@ -87,9 +92,9 @@ def bench_distill_loss(benchmark, images: int, precision: str, peer: str) -> Non
         return [losses, *torch.autograd.grad(losses.mean(), leaves)]
 
     compare(
-        benchmark, op="distill_loss", backend=_dispatch.resolve("distill_loss", "cpu").backend, peer=peer,
-        ours=ours, theirs=theirs, same=all_close(1e-4 if precision == "float32" else 2e-2),
-        pairs=1 if images == 64 else 3, dtype=precision, flops=flops(images * CROPS),
-        peak_flops=peak_flops(precision),
+        benchmark, op="distill_loss", backend=_dispatch.resolve("distill_loss", device).backend, peer=peer,
+        device=device, ours=ours, theirs=theirs, same=all_close(1e-4 if precision == "float32" else 2e-2),
+        pairs=1 if images == 64 and device == "cpu" else 3, dtype=precision, flops=flops(images * CROPS),
+        peak_flops=peak_flops(precision, device),
         shape=f"{images} images x {CROPS} crops, {PROTOTYPES} prototypes, fwd+bwd{MALLOC}",
     )  # fmt: skip

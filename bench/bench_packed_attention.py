@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_distill_loss import peak_flops
-from compare import all_close, compare
+from compare import all_close, compare, near, needs_gpu
 from torch import Tensor
 
 from pera_fast import ops
@@ -97,4 +100,91 @@ def bench_packed_attention(
         dtype=str(dtype).removeprefix("torch."),
         peak_flops=peak_flops("float32"), flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
         shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, {model}, fwd+bwd{MALLOC}",
+    )  # fmt: skip
+
+
+# --- on a GPU ---
+
+
+@functools.cache
+def _starts(groups: tuple[tuple[int, int], ...]) -> Tensor:
+    lengths = [length for n, length in groups for _ in range(n)]
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def varlen(qkv: Tensor, groups: Groups) -> Tensor:
+    attention = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has none").varlen_attn
+    starts, longest = _starts(tuple(groups)), max(length for _, length in groups)
+    return attention(*(x.contiguous() for x in qkv.unbind(1)), starts, starts, longest, longest)
+
+
+@functools.cache
+def _document_mask(groups: tuple[tuple[int, int], ...]) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    lengths = torch.tensor([length for n, length in groups for _ in range(n)], device="cuda")
+    document = torch.arange(len(lengths), device="cuda").repeat_interleave(lengths)
+    rows = len(document)
+    return create_block_mask(lambda b, h, q, k: document[q] == document[k], None, None, rows, rows)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex(qkv: Tensor, groups: Groups) -> Tensor:
+    query, key, value = (x.transpose(0, 1)[None] for x in qkv.unbind(1))
+    return _compiled_flex()(query, key, value, block_mask=_document_mask(tuple(groups)))[0].transpose(0, 1)
+
+
+def xformers(qkv: Tensor, groups: Groups) -> Tensor:
+    fmha = pytest.importorskip("xformers.ops", reason="xformers is not installed").fmha
+    query, key, value = qkv[None].unbind(2)
+    mask = _xformers_mask(tuple(groups))
+    return fmha.memory_efficient_attention(query, key, value, attn_bias=mask)[0]
+
+
+@functools.cache
+def _xformers_mask(groups: tuple[tuple[int, int], ...]) -> Any:
+    from xformers.ops import fmha
+
+    return fmha.attn_bias.BlockDiagonalMask.from_seqlens([n for count, n in groups for _ in range(count)])
+
+
+GPU_PEERS = {
+    "SDPA, per group": per_group,
+    "torch varlen": varlen,
+    "FlexAttention, document mask": flex,
+    "xformers, BlockDiagonalMask": xformers,
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("peer", GPU_PEERS)
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("images", [16, 64])
+def bench_packed_attention_on_a_gpu(
+    benchmark, images: int, mix: str, peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton kernels in bfloat16 at ViT-B's heads."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", "packed_attention=triton")
+    torch.manual_seed(0)
+    groups, heads = [(crops * images, length) for crops, length in MIXES[mix]], HEADS["ViT-B"]
+    rows = sum(n * length for n, length in groups)
+    qkv = torch.randn(rows, 3, heads, HEAD_DIM, device="cuda").bfloat16().requires_grad_()
+    gradient = torch.randn(rows, heads, HEAD_DIM, device="cuda").bfloat16()
+
+    def run(function: Callable[[Tensor, Groups], Tensor]) -> list[Tensor]:
+        output = function(qkv, groups)
+        return [output, *torch.autograd.grad(output, qkv, gradient)]
+
+    compare(
+        benchmark, op="packed_attention", backend="triton", peer=peer, device="cuda", same=near, pairs=9,
+        ours=lambda: run(ops.packed_attention), theirs=lambda: run(GPU_PEERS[peer]), dtype="bfloat16",
+        flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
+        peak_flops=peak_flops("bfloat16", "cuda"),
+        shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, ViT-B, fwd+bwd",
     )  # fmt: skip

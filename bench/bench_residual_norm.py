@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import all_close, compare, near
+from compare import all_close, compare, near, needs_gpu
 from torch import Tensor
 
 from pera_fast import ops
@@ -38,21 +38,31 @@ def chain(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peer", ["index_add, index_select, LayerNorm", "the same, torch.compile"])
-@pytest.mark.parametrize(("sequences", "length", "dim"), [(32, 158, 384), (8, 315, 384), (8, 315, 768)])
+@pytest.mark.parametrize(
+    ("sequences", "length", "dim", "device"),
+    [
+        (32, 158, 384, "cpu"),
+        (8, 315, 384, "cpu"),
+        (8, 315, 768, "cpu"),
+        pytest.param(128, 158, 768, "cuda", marks=needs_gpu),
+        pytest.param(128, 315, 768, "cuda", marks=needs_gpu),
+    ],
+)
 def bench_residual_norm(
-    benchmark, sequences: int, length: int, dim: int, peer: str, dtype: torch.dtype
+    benchmark, sequences: int, length: int, dim: int, device: str, peer: str, dtype: torch.dtype
 ) -> None:
     """dtype: of the branch and of the normalised rows; the stream is float32. Both keep x."""
     torch.manual_seed(0)
-    x = torch.randn(sequences * length, dim, requires_grad=True)
-    subsets = [torch.randperm(sequences)[: int(sequences * 0.7)] for _ in range(2)]
-    rows, next_rows = ((s[:, None] * length + torch.arange(length)).flatten() for s in subsets)
-    branch = torch.randn(len(rows), dim).to(dtype).requires_grad_()
-    alpha = sequences / len(subsets[0])
-    scale = torch.full((len(rows),), alpha)
-    weight, bias = torch.ones(dim, requires_grad=True), torch.zeros(dim, requires_grad=True)
-    inputs = (x, branch, weight, bias)
-    gradients = torch.randn_like(x), torch.randn(len(next_rows), dim).to(dtype)
+    with torch.device(device):
+        x = torch.randn(sequences * length, dim, requires_grad=True)
+        subsets = [torch.randperm(sequences)[: int(sequences * 0.7)] for _ in range(2)]
+        rows, next_rows = ((s[:, None] * length + torch.arange(length)).flatten() for s in subsets)
+        branch = torch.randn(len(rows), dim).to(dtype).requires_grad_()
+        alpha = sequences / len(subsets[0])
+        scale = torch.full((len(rows),), alpha)
+        weight, bias = torch.ones(dim, requires_grad=True), torch.zeros(dim, requires_grad=True)
+        inputs = (x, branch, weight, bias)
+        gradients = torch.randn_like(x), torch.randn(len(next_rows), dim).to(dtype)
     usual: Callable[..., tuple[Tensor, Tensor]] = torch.compile(chain) if "compile" in peer else chain
 
     def finish(stream: Tensor, normed: Tensor) -> list[Tensor]:
@@ -66,8 +76,9 @@ def bench_residual_norm(
         return finish(added, normed.to(dtype))
 
     compare(
-        benchmark, op="residual_norm", backend=_dispatch.resolve("residual_norm", "cpu").backend,
-        peer=peer, ours=ours, theirs=theirs, same=all_close(1e-3) if dtype == torch.float32 else near, pairs=9,
+        benchmark, op="residual_norm", backend=_dispatch.resolve("residual_norm", device).backend,
+        device=device, peer=peer, ours=ours, theirs=theirs,
+        same=all_close(1e-3) if dtype == torch.float32 else near, pairs=9,
         dtype=str(dtype).removeprefix("torch."),
         shape=f"{sequences}x{length} rows of {dim}, 70 % subsets, fwd+bwd{MALLOC}",
     )  # fmt: skip

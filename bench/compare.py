@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import PIL
+import pytest
 import torch
 from torch import Tensor
 
 import pera_fast
 
 ROOT = Path(__file__).parent.parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
 
 
 def compare(
@@ -47,7 +49,7 @@ def compare(
     del first, second
     times = []
     for _ in range(pairs):
-        times.append((_seconds(ours, device), _seconds(theirs, device)))
+        times.append((seconds_of(ours, device), seconds_of(theirs, device)))
     ratios = sorted(t / o for o, t in times)
     benchmark.extra_info.update(
         op=op,
@@ -89,7 +91,7 @@ def all_close(tolerance: float) -> Callable[[Any, Any], None]:
     return check
 
 
-def _seconds(function: Callable[[], Any], device: str) -> float:
+def seconds_of(function: Callable[[], Any], device: str) -> float:
     _wait(device)
     start = time.perf_counter()
     result = function()

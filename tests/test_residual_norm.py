@@ -324,3 +324,40 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         )  # fmt: skip
         assert report.spill_bytes == 0 and report.registers <= 255
         assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[89]
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("forward_kernel", ["branch", "branch_row", "scale", "next_row"]),  # before the first branch
+        ("forward_kernel", ["branch_row", "scale", "weight", "bias"]),  # all rows, norms made again
+        (
+            "forward_kernel",
+            ["y", "next_row", "weight", "bias", "normalised", "inverse_deviation"],
+        ),  # the last
+        ("backward_kernel", ["x_gradient", "branch_row", "scale", "branch_gradient"]),
+        ("backward_kernel", ["y_gradient", "next_row", "weight", "normalised", "inverse_deviation"]),
+    ],
+)
+def test_triton_kernels_compile_without_some_tensors(name: str, without: list[str]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from pera_fast.kernels import aot
+    from pera_fast.kernels import residual_norm as kernels
+
+    kernel = getattr(kernels, name)
+    flags = {
+        "HAS_BRANCH": "branch" if name == "forward_kernel" else "branch_gradient", "HAS_X": "x_gradient",
+        "HAS_Y": "y" if name == "forward_kernel" else "y_gradient", "HAS_BRANCH_ROW": "branch_row",
+        "HAS_SCALE": "scale", "HAS_NEXT_ROW": "next_row", "HAS_WEIGHT": "weight", "HAS_BIAS": "bias",
+        "KEEPS": "inverse_deviation", "KEEPS_NORMALISED": "normalised",
+    }  # fmt: skip
+    constants = {flag: tensor not in without for flag, tensor in flags.items()}
+    constants |= dict.fromkeys(without) | {"BLOCK": 512, "ROWS": kernels.ROWS}
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"branch_row": "*i32", "next_row": "*i32"}
+    types |= {"rows": "i32", "dim": "i32", "eps": "fp32"}
+    report = aot.compile_kernel(
+        kernel,
+        {n: types[n] for n in kernel.arg_names if n not in constants},
+        {n: value for n, value in constants.items() if n in kernel.arg_names},
+    )
+    assert report.spill_bytes == 0

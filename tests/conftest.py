@@ -89,3 +89,18 @@ def _outputs_and_gradients(f: Callable[..., torch.Tensor], inputs: list[torch.Te
     output = f(*leaves)
     weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view(output.shape)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+
+
+def run_on_isa(capability: str, code: str) -> None:
+    """Run `code` with tests/ on its path and sys.argv[1:] = [capability] on a lower instruction set."""
+    if torch.ops.pera_fast.isa() < ["baseline", "avx2", "avx512"].index(capability):
+        pytest.skip(f"this processor has no {capability}")
+    environment = {
+        **os.environ,
+        "PERA_FAST_CPU_CAPABILITY": capability,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code, capability], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import three_way
+from conftest import run_on_isa, three_way
 
 from pera_fast import ops, reference
 from pera_fast.ops import _library
@@ -128,21 +127,7 @@ for groups in tests.MIXES:
 @needs_cpp
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_each_instruction_set(capability: str) -> None:
-    if torch.ops.pera_fast.isa() < ["baseline", "avx2", "avx512"].index(capability):
-        pytest.skip(f"this processor has no {capability}")
-    environment = {
-        **os.environ,
-        "PERA_FAST_CPU_CAPABILITY": capability,
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", ON_ONE_ISA, capability],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_isa(capability, ON_ONE_ISA)
 
 
 @needs_cpp

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import three_way
+from conftest import run_on_isa, three_way
 
 from pera_fast import ops, reference
 from pera_fast.ops import _library
@@ -164,21 +164,7 @@ for part in (0.7, 1):
 @needs_cpp
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_each_instruction_set(capability: str) -> None:
-    if torch.ops.pera_fast.isa() < ["baseline", "avx2", "avx512"].index(capability):
-        pytest.skip(f"this processor has no {capability}")
-    environment = {
-        **os.environ,
-        "PERA_FAST_CPU_CAPABILITY": capability,
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", ON_ONE_ISA, capability],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_isa(capability, ON_ONE_ISA)
 
 
 @pytest.mark.parametrize("name", ["rows", "next_rows"])

@@ -15,6 +15,7 @@
 
 #include "checked.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace pera_fast {
 namespace {
@@ -270,13 +271,10 @@ void distill_backward(
   float* const out = dz.mutable_data_ptr<float>();
   std::fill_n(out, p.rows * p.dim, 0.0f);
 
-  // A chunk's gradients, 4 MB, lie in the last level of the cache between its two steps.
-  const int64_t chunk = std::clamp<int64_t>((1 << 20) / p.stride / 64 * 64, 256, 4096);
+  const int64_t chunk = chunk_of_stride(p.stride);
   const int64_t block = block_of(p);
   const std::unique_ptr<float[]> h(new float[static_cast<size_t>(chunk * p.stride / (p.pairs ? 2 : 1))]);
   const std::unique_ptr<float[]> v_pairs(new float[static_cast<size_t>(p.pairs ? chunk / 2 * p.dim : 0)]);
-  constexpr int64_t kRows = 16, kColumns = 96;  // of dz, in one task
-  const int64_t across = (p.dim + kColumns - 1) / kColumns, down = (p.rows + kRows - 1) / kRows;
   for (int64_t start = 0; start < p.prototypes; start += chunk) {
     const int64_t stop = std::min(p.prototypes, start + chunk);
     torch::stable::parallel_for(0, (stop - start + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
@@ -287,13 +285,8 @@ void distill_backward(
     });
     const float* const v = p.pairs ? v_pairs.get() : p.v_student + start * p.dim;
     const int64_t depth = p.pairs ? (stop - start + 1) / 2 : stop - start;
-    torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / across * kRows, column = task % across * kColumns;
-        rows_kernel(
-            p, h.get() + row, v + column, std::min(kRows, p.rows - row), std::min(kColumns, p.dim - column), depth,
-            out + row * p.dim + column);
-      }
+    for_each_tile(p.rows, p.dim, [&](int64_t row, int64_t column, int64_t height, int64_t width) {
+      rows_kernel(p, h.get() + row, v + column, height, width, depth, out + row * p.dim + column);
     });
   }
 }

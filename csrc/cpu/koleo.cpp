@@ -13,6 +13,7 @@
 
 #include "checked.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace pera_fast {
 namespace {
@@ -42,22 +43,17 @@ void run(const GramProblem& p, int64_t first, int64_t rows, float* sum) {
   static const auto block_kernel = PERA_FAST_CHOOSE(gram_block);
   static const auto rows_kernel = PERA_FAST_CHOOSE(gram_rows);
   std::fill_n(sum, rows * p.dim, 0.0f);
-  const int64_t chunk = std::clamp<int64_t>((1 << 20) / p.stride / 64 * 64, 256, 4096);
+  const int64_t chunk = chunk_of_stride(p.stride);
   const std::unique_ptr<float[]> h(new float[static_cast<size_t>(chunk * p.stride)]);
-  constexpr int64_t kRows = 16, kColumns = 96;  // of the sum, in one task
-  const int64_t across = (p.dim + kColumns - 1) / kColumns, down = (rows + kRows - 1) / kRows;
   for (int64_t start = 0; start < p.prototypes; start += chunk) {
     const int64_t stop = std::min(p.prototypes, start + chunk);
     torch::stable::parallel_for(start, stop, 256, [&](int64_t begin, int64_t end) {
       block_kernel(p, start, begin, end, h.get());
     });
-    torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / across * kRows, column = task % across * kColumns;
-        rows_kernel(
-            p, h.get() + first + row, p.v + start * p.dim + column, std::min(kRows, rows - row),
-            std::min(kColumns, p.dim - column), stop - start, sum + row * p.dim + column);
-      }
+    for_each_tile(rows, p.dim, [&](int64_t row, int64_t column, int64_t height, int64_t width) {
+      rows_kernel(
+          p, h.get() + first + row, p.v + start * p.dim + column, height, width, stop - start,
+          sum + row * p.dim + column);
     });
   }
 }

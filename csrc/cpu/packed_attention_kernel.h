@@ -110,14 +110,47 @@ inline void store(const Target& from, uint16_t* to, int64_t stride, int64_t n, i
   }
 }
 
-// Calls for some rows of a larger matrix ahead of their use: short sequences are too short for the processor to
-// see them coming.
+// Calls for the next sequence's rows ahead of their use, for one head: short sequences are too short for the
+// processor to see them coming. from: this sequence's rows, of `parts` times `width` numbers each.
 template <class T>
-inline void prefetch(const T* from, int64_t stride, int64_t n, int64_t dim) {
-  for (int64_t i = 0; i < n; ++i) {
+inline void prefetch_next(const AttentionItem& item, const T* from, int64_t parts, int64_t width, int64_t dim) {
+  if (item.next_row < 0) return;
+  from += (item.next_row - item.row) * parts * width;
+  for (int64_t part = 0; part < parts * item.length; ++part) {
     for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(from + i * stride + d, 0, 2);
+      __builtin_prefetch(from + part * width + d, 0, 2);
     }
+  }
+}
+
+// largest [lanes]: scale times the largest of each lane's n scores.
+inline void largest_scores(const float* scores, int64_t n, int64_t lanes, float scale, float* __restrict largest) {
+  for (int64_t i = 0; i < lanes; ++i) largest[i] = scores[i];
+  for (int64_t j = 1; j < n; ++j) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const float x = scores[j * lanes + i];
+      largest[i] = x > largest[i] ? x : largest[i];
+    }
+  }
+  for (int64_t i = 0; i < lanes; ++i) largest[i] *= scale;
+}
+
+// Where the softmax's numbers of a head's row lie; 1 / its sum comes p.rows later.
+inline float* saved_at(const AttentionProblem& p, int64_t head, int64_t row) {
+  return p.softmax + 2 * head * p.rows + row;
+}
+
+// Divides m rows by their sums, and saves what the backward pass needs of the softmax.
+inline void divide_and_save(
+    const Target& out, int64_t m, int64_t dim, const float* largest, const float* sum, float* saved, int64_t rows) {
+  for (int64_t i = 0; i < m; ++i) {
+    const float inverse = 1.0f / sum[i];
+    saved[i] = largest[i];
+    saved[rows + i] = inverse;
+    float* const row = out.base + i * out.stride;
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) row[d] *= inverse;
   }
 }
 
@@ -129,10 +162,7 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
   for (int64_t head = item.head; head < item.end_head; ++head) {
     Room room{base};
     const T* const query = static_cast<const T*>(p.qkv) + item.row * 3 * width + head * dim;
-    if (item.next_row >= 0) {
-      const int64_t ahead = (item.next_row - item.row) * 3 * width;
-      for (int64_t part = 0; part < 3; ++part) prefetch(query + ahead + part * width, 3 * width, n, dim);
-    }
+    prefetch_next(item, query, 3, width, dim);
     float *const weights = room.take(n * kQueries), *const query_columns = room.take(dim * kQueries);
     const Rows key = as_floats(query + width, 3 * width, n, dim, room);
     const Rows value = as_floats(query + 2 * width, 3 * width, n, dim, room);
@@ -143,19 +173,8 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
       const Target out = target_of(to, width, m, dim, block);
       transpose<As>(query + first * 3 * width, 3 * width, m, dim, query_columns, lanes);
       product<false>(key.base, query_columns, weights, {key.stride, 1, lanes, lanes}, n, lanes, dim, false);
-      float largest[kQueries], sum[kQueries];
-      for (int64_t i = 0; i < lanes; ++i) {
-        largest[i] = weights[i];
-        sum[i] = 0.0f;
-      }
-      for (int64_t j = 1; j < n; ++j) {
-#pragma omp simd
-        for (int64_t i = 0; i < lanes; ++i) {
-          const float x = weights[j * lanes + i];
-          largest[i] = x > largest[i] ? x : largest[i];
-        }
-      }
-      for (int64_t i = 0; i < lanes; ++i) largest[i] *= scale;
+      float largest[kQueries], sum[kQueries] = {};
+      largest_scores(weights, n, lanes, scale, largest);
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
@@ -165,16 +184,7 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
         }
       }
       product<false>(weights, value.base, out.base, {1, lanes, value.stride, out.stride}, m, dim, n, false);
-      float *const saved_largest = p.softmax + 2 * head * p.rows + item.row + first;
-      float *const saved_inverse = saved_largest + p.rows;
-      for (int64_t i = 0; i < m; ++i) {
-        const float inverse = 1.0f / sum[i];
-        saved_largest[i] = largest[i];
-        saved_inverse[i] = inverse;
-        float* const row = out.base + i * out.stride;
-#pragma omp simd
-        for (int64_t d = 0; d < dim; ++d) row[d] *= inverse;
-      }
+      divide_and_save(out, m, dim, largest, sum, saved_at(p, head, item.row + first), p.rows);
       store(out, to, width, m, dim);
     }
   }
@@ -191,14 +201,9 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
     const T* const query = static_cast<const T*>(p.qkv) + at;
     const T* const gradient = static_cast<const T*>(p.gradient) + item.row * width + head * dim;
     T* const to = static_cast<T*>(p.qkv_gradient) + at;
-    if (item.next_row >= 0) {
-      const int64_t ahead = (item.next_row - item.row) * width;
-      for (int64_t part = 0; part < 3; ++part) {
-        prefetch(query + 3 * ahead + part * width, 3 * width, n, dim);
-        prefetch(to + 3 * ahead + part * width, 3 * width, n, dim);
-      }
-      prefetch(gradient + ahead, width, n, dim);
-    }
+    prefetch_next(item, query, 3, width, dim);
+    prefetch_next(item, to, 3, width, dim);
+    prefetch_next(item, gradient, 1, width, dim);
     float *const weights = room.take(n * kQueries), *const slopes = room.take(n * kQueries);
     float *const query_columns = room.take(dim * kQueries), *const gradient_columns = room.take(dim * kQueries);
     const Rows q = as_floats(query, 3 * width, n, dim, room);
@@ -216,12 +221,11 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
       transpose<As>(gradient + first * width, width, m, dim, gradient_columns, lanes);
       product<false>(key.base, query_columns, weights, {key.stride, 1, lanes, lanes}, n, lanes, dim, false);
       product<false>(value.base, gradient_columns, slopes, {value.stride, 1, lanes, lanes}, n, lanes, dim, false);
-      const float *const saved_largest = p.softmax + 2 * head * p.rows + item.row + first;
-      const float *const saved_inverse = saved_largest + p.rows;
       float largest[kQueries] = {}, inverse[kQueries] = {}, along[kQueries] = {};
+      const float* const saved = saved_at(p, head, item.row + first);
       for (int64_t i = 0; i < m; ++i) {
-        largest[i] = saved_largest[i];
-        inverse[i] = saved_inverse[i];
+        largest[i] = saved[i];
+        inverse[i] = saved[p.rows + i];
       }
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
@@ -274,10 +278,7 @@ inline void forward_pairs(const AttentionProblem& p, const AttentionItem& item, 
     Room room{base};
     const uint16_t* const query = static_cast<const uint16_t*>(p.qkv) + item.row * 3 * width + head * dim;
     const uint16_t *const key = query + width, *const value = key + width;
-    if (item.next_row >= 0) {
-      const int64_t ahead = (item.next_row - item.row) * 3 * width;
-      for (int64_t part = 0; part < 3; ++part) prefetch(query + ahead + part * width, 3 * width, n, dim);
-    }
+    prefetch_next(item, query, 3, width, dim);
     float *const scores = room.take(n * kQueries), *const query_columns = room.take(dim / 2 * kQueries);
     uint32_t* const weights = reinterpret_cast<uint32_t*>(room.take((n + 1) / 2 * kQueries));
     const float* const value_pairs = paired(value, 3 * width, n, dim, room);
@@ -289,15 +290,7 @@ inline void forward_pairs(const AttentionProblem& p, const AttentionItem& item, 
       transpose<Float32>(as_pairs(query + first * 3 * width), pair_stride, m, dim / 2, query_columns, lanes);
       product<true>(as_pairs(key), query_columns, scores, {pair_stride, 1, lanes, lanes}, n, lanes, dim / 2, false);
       float largest[kQueries], sum[kQueries] = {};
-      for (int64_t i = 0; i < lanes; ++i) largest[i] = scores[i];
-      for (int64_t j = 1; j < n; ++j) {
-#pragma omp simd
-        for (int64_t i = 0; i < lanes; ++i) {
-          const float x = scores[j * lanes + i];
-          largest[i] = x > largest[i] ? x : largest[i];
-        }
-      }
-      for (int64_t i = 0; i < lanes; ++i) largest[i] *= scale;
+      largest_scores(scores, n, lanes, scale, largest);
       for (int64_t j = 0; j < n; j += 2) {
         const float *const low = scores + j * lanes, *const high = j + 1 < n ? low + lanes : low;
         const float counts = j + 1 < n ? 1.0f : 0.0f;
@@ -313,16 +306,7 @@ inline void forward_pairs(const AttentionProblem& p, const AttentionItem& item, 
       product<true>(
           reinterpret_cast<const float*>(weights), value_pairs, out.base, {1, lanes, dim, out.stride}, m, dim,
           (n + 1) / 2, false);
-      float *const saved_largest = p.softmax + 2 * head * p.rows + item.row + first;
-      float *const saved_inverse = saved_largest + p.rows;
-      for (int64_t i = 0; i < m; ++i) {
-        const float inverse = 1.0f / sum[i];
-        saved_largest[i] = largest[i];
-        saved_inverse[i] = inverse;
-        float* const row = out.base + i * out.stride;
-#pragma omp simd
-        for (int64_t d = 0; d < dim; ++d) row[d] *= inverse;
-      }
+      divide_and_save(out, m, dim, largest, sum, saved_at(p, head, item.row + first), p.rows);
       store(out, to, width, m, dim);
     }
   }
@@ -338,14 +322,9 @@ inline void backward_pairs(const AttentionProblem& p, const AttentionItem& item,
     const uint16_t *const key = query + width, *const value = key + width;
     const uint16_t* const gradient = static_cast<const uint16_t*>(p.gradient) + item.row * width + head * dim;
     uint16_t* const to = static_cast<uint16_t*>(p.qkv_gradient) + at;
-    if (item.next_row >= 0) {
-      const int64_t ahead = (item.next_row - item.row) * width;
-      for (int64_t part = 0; part < 3; ++part) {
-        prefetch(query + 3 * ahead + part * width, 3 * width, n, dim);
-        prefetch(to + 3 * ahead + part * width, 3 * width, n, dim);
-      }
-      prefetch(gradient + ahead, width, n, dim);
-    }
+    prefetch_next(item, query, 3, width, dim);
+    prefetch_next(item, to, 3, width, dim);
+    prefetch_next(item, gradient, 1, width, dim);
     float *const weights = room.take(n * kQueries), *const slopes = room.take(n * kQueries);
     float *const query_columns = room.take(dim / 2 * kQueries), *const gradient_columns = room.take(dim / 2 * kQueries);
     uint16_t* const weight_rows = reinterpret_cast<uint16_t*>(room.take(n * kQueries / 2));
@@ -365,12 +344,11 @@ inline void backward_pairs(const AttentionProblem& p, const AttentionItem& item,
       const Strides by_key{pair_stride, 1, lanes, lanes};
       product<true>(as_pairs(key), query_columns, weights, by_key, n, lanes, dim / 2, false);
       product<true>(as_pairs(value), gradient_columns, slopes, by_key, n, lanes, dim / 2, false);
-      const float *const saved_largest = p.softmax + 2 * head * p.rows + item.row + first;
-      const float *const saved_inverse = saved_largest + p.rows;
       float largest[kQueries] = {}, inverse[kQueries] = {}, along[kQueries] = {};
+      const float* const saved = saved_at(p, head, item.row + first);
       for (int64_t i = 0; i < m; ++i) {
-        largest[i] = saved_largest[i];
-        inverse[i] = saved_inverse[i];
+        largest[i] = saved[i];
+        inverse[i] = saved[p.rows + i];
       }
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd

@@ -1,0 +1,29 @@
+// A sum over prototypes in chunks, its tiles shared out to threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pera_fast {
+
+// Prototypes whose [chunk, stride] numbers, 4 MB, lie in the last level of the cache between two steps.
+inline int64_t chunk_of_stride(int64_t stride) {
+  return std::clamp<int64_t>((1 << 20) / stride / 64 * 64, 256, 4096);
+}
+
+// Calls function(row, column, rows, columns) for each tile of a [rows, columns] matrix, in parallel.
+template <class Function>
+void for_each_tile(int64_t rows, int64_t columns, const Function& function) {
+  constexpr int64_t kRows = 16, kColumns = 96;
+  const int64_t across = (columns + kColumns - 1) / kColumns, down = (rows + kRows - 1) / kRows;
+  torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / across * kRows, column = task % across * kColumns;
+      function(row, column, std::min(kRows, rows - row), std::min(kColumns, columns - column));
+    }
+  });
+}
+
+}  // namespace pera_fast

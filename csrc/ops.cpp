@@ -48,4 +48,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
       "residual_norm_backward(Tensor? x_gradient, Tensor? y_gradient, Tensor? rows, Tensor? scale, "
       "Tensor? next_rows, Tensor? weight, Tensor? normalised, Tensor? inverse_deviation, Tensor(a!) out, "
       "Tensor(b!)? branch_gradient, Tensor(c!)? weight_gradient, Tensor(d!)? bias_gradient) -> ()");
+  m.def(
+      "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, Tensor(e!)[] teachers, Tensor(f!)[] shadows, Tensor(g!)[] teacher_shadows, Tensor hyper, "
+      "Tensor grad_norm, float beta1, float beta2, float eps, float clip_norm, Tensor(h!) skipped) -> ()");
+  m.def("ema_update(Tensor(a!)[] teachers, Tensor[] params, Tensor(b!)[] shadows, Tensor momentum) -> ()");
+  m.def("grad_norm(Tensor[] grads, Tensor(a!) norm) -> ()");
 }

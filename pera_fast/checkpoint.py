@@ -27,7 +27,7 @@ from pera_fast.config import Config, ConfigError, from_dict, to_dict
 from pera_fast.data.statistics import Statistics
 from pera_fast.model.pera import PerA
 from pera_fast.model.vit import VisionTransformer
-from pera_fast.optim import AdamWEMA
+from pera_fast.optim import TeacherOptimizer
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _PREFIX = "step_"
@@ -37,7 +37,7 @@ def save(
     folder: Path,
     step: int,
     model: PerA,
-    optimizer: AdamWEMA,
+    optimizer: TeacherOptimizer,
     config: Config,
     statistics: Statistics,
     keep: int,
@@ -50,9 +50,13 @@ def save(
     partial.mkdir(parents=True)
     moments = {
         f"{key}.{name}": value
-        for name, parameter in zip(optimizer.names, optimizer.parameters_in_order(), strict=True)
-        for key, value in optimizer.state[parameter].items()
+        for name, parameter, _ in model.ema_pairs()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
+    # apex counts the steps of a group, not of a parameter.
+    for i, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            moments[f"step.group{i}"] = torch.as_tensor(group["step"])
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _FILES[0])
     save_file({k: v.contiguous() for k, v in moments.items()}, partial / _FILES[1])
     state = {
@@ -117,7 +121,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"checkpoint: {self.path / name} cannot be read: {error}") from None
 
-    def restore(self, model: PerA, optimizer: AdamWEMA) -> None:
+    def restore(self, model: PerA, optimizer: TeacherOptimizer) -> None:
         """Load everything a run goes on from. ConfigError when model and checkpoint do not fit."""
         try:
             model.load_state_dict(self.tensors(_FILES[0]), strict=True)
@@ -126,12 +130,25 @@ class Checkpoint:
                 f"checkpoint: {self.path} does not fit this config: {_one_line(error)}"
             ) from None
         moments = self.tensors(_FILES[1])
-        for name, parameter in zip(optimizer.names, optimizer.parameters_in_order(), strict=True):
-            for key, value in optimizer.state[parameter].items():
-                moment = moments.get(f"{key}.{name}")
-                if moment is None or moment.shape != value.shape:
+        names = {parameter: name for name, parameter, _ in model.ema_pairs()}
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        wanted = ("exp_avg", "exp_avg_sq") if "step.group0" in moments else ("exp_avg", "exp_avg_sq", "step")
+        for i, parameter in enumerate(ordered):
+            name = names[parameter]
+            found = {key: moments[f"{key}.{name}"] for key in wanted if f"{key}.{name}" in moments}
+            if not found:
+                continue  # it never had a gradient
+            for key in wanted:
+                shape = torch.Size() if key == "step" else parameter.shape
+                if key not in found or found[key].shape != shape:
                     raise ConfigError(f"checkpoint: {self.path / _FILES[1]} has no fitting {key} of {name}")
-                value.copy_(moment)
+            state[i] = found
+        groups = optimizer.state_dict()["param_groups"]
+        for i, group in enumerate(groups):
+            if f"step.group{i}" in moments:
+                group["step"] = int(moments[f"step.group{i}"])
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone in evaluation mode, on the CPU."""

@@ -218,6 +218,9 @@ class OptimConfig:
     DINOv2 does."""
     sinkhorn_iterations: int = 3
     centre_momentum: float = 0.9
+    optimizer: Literal["adamw_ema", "torch_adamw", "apex_adam", "apex_lamb"] = "adamw_ema"
+    """Clip, AdamW and the teacher's moving average in one pass, or PyTorch's fused AdamW, or FusedAdam or
+    FusedLAMB of NVIDIA apex, with the other passes beside it."""
     lr: float = 1e-3
     """Largest learning rate."""
     lr_final: float = 1e-6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from pera_fast.data.loader import Batch
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.model.pera import CropGroup, Losses, Patches, PerA, draw_subsets, join_whole_batch
+from pera_fast.model.shadow import give_shadows, shadows_of
 from pera_fast.model.vit import Subset
-from pera_fast.optim import AdamWEMA
+from pera_fast.optim import TeacherOptimizer, make
 from pera_fast.schedules import StepValues
 
 
@@ -40,15 +40,17 @@ class Engine:
     statistics: Statistics
     world: World
     model: PerA = field(init=False)
-    optimizer: AdamWEMA = field(init=False)
+    optimizer: TeacherOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
         optim = self.config.optim
         torch.manual_seed(self.config.run.seed)  # the first weights are the same on every rank
         self.model = PerA(self.config).to(self.world.device)
-        self.optimizer = AdamWEMA(
-            self.model.ema_pairs(), betas=optim.betas, eps=optim.eps, clip_norm=optim.clip_norm,
-            decay_all=optim.decay_all,
+        if self.config.run.precision == "bf16":
+            give_shadows(self.model)
+        self.optimizer = make(
+            optim.optimizer, self.model.ema_pairs(), betas=optim.betas, eps=optim.eps, clip_norm=optim.clip_norm,
+            decay_all=optim.decay_all, shadows=shadows_of(self.model),
         )  # fmt: skip
         self._forward: PerA | DistributedDataParallel = self.model
         if self.world.ranks > 1:
@@ -61,7 +63,7 @@ class Engine:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank."""
         inputs = [self.patches(step, part, batch) for part, batch in enumerate(batches)]
         whole_batches = self._whole_batches(step, inputs)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         parts: list[Losses] = []
         for part, (patches, whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
             is_last = part == len(inputs) - 1
@@ -96,21 +98,21 @@ class Engine:
         ]
         sums = self.world.sum(torch.stack(rows).sum(0))
         passes = len(parts) * self.world.ranks
-        named = ("total", "distill_global", "distill_local", "koleo", "pixel")
-        losses = {name: float(value) / passes for name, value in zip(named, sums[:5], strict=True)}
-        losses["distill_local"] /= max(1, self.config.crops.num_local)
-        z_mean = sums[5:] / (passes * crops_per_pass)
+        centre = self.model.next_centre(sums[5:] / (passes * crops_per_pass))  # from the teacher of these logits
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
-        grad_norm = self.optimizer.grad_norm()
-        finite = math.isfinite(float(grad_norm)) and bool(torch.isfinite(sums).all())
-        if finite:
-            centre = self.model.next_centre(z_mean)  # from the teacher that made these logits
-            self.optimizer.step(
-                lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum, grad_norm=grad_norm
-            )
-            self.model.centre.copy_(centre)
-        return StepReport(losses, float(grad_norm), skipped=not finite)
+        grad_norm = torch.where(sums.isfinite().all(), self.optimizer.grad_norm(), torch.nan)
+        self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
+        self.optimizer.step(grad_norm=grad_norm)
+        skipped = self.optimizer.skipped
+        self.model.centre.copy_(torch.where(skipped, self.model.centre, centre))
+
+        # The one place where the host waits for the device.
+        *numbers, norm, was_skipped = torch.cat((sums[:5], grad_norm[None], skipped[None])).tolist()
+        named = ("total", "distill_global", "distill_local", "koleo", "pixel")
+        losses = {name: value / passes for name, value in zip(named, numbers, strict=True)}
+        losses["distill_local"] /= max(1, self.config.crops.num_local)
+        return StepReport(losses, norm, skipped=bool(was_skipped))
 
     def patches(self, step: int, part: int, batch: Batch) -> Patches:
         """The used patches of a batch's crops, on this rank's device."""

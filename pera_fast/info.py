@@ -7,7 +7,6 @@ it and why another does not.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import torch
 
 import pera_fast.ops  # noqa: F401  (registers the ops)
 from pera_fast.ops import _dispatch, _library
+from pera_fast.optim import apex
 
 
 def _version(package: str) -> str | None:
@@ -28,24 +28,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def apex() -> dict[str, Any]:
-    """Which `apex` is installed: NVIDIA's, which is built from source, or the package index's unrelated one.
-
-    Decided without importing it.
-    """
-    spec = importlib.util.find_spec("apex")
-    has_kernels = importlib.util.find_spec("amp_C") is not None
-    places = list(spec.submodule_search_locations or []) if spec else []
-    is_nvidia = has_kernels or any((Path(place) / "optimizers").is_dir() for place in places)
-    if spec is None and not has_kernels:
-        note = "not installed"
-    elif is_nvidia:
-        note = "NVIDIA apex" + ("" if has_kernels else ", without its compiled kernels (amp_C)")
-    else:
-        note = "an unrelated package of that name, not NVIDIA apex; not used"
-    return {"version": _version("apex"), "is_nvidia": is_nvidia, "note": note}
 
 
 def _processor() -> dict[str, Any]:
@@ -108,7 +90,7 @@ def collect() -> dict[str, Any]:
             "numpy": _version("numpy"),
             "xformers": _version("xformers"),
         },
-        "apex": apex(),
+        "apex": {"version": _version("apex"), **apex()},
         "system": platform.platform(),
         "processor": _processor(),
         "gpus": _gpus(),

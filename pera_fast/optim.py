@@ -1,89 +1,301 @@
-"""The optimiser: clip to a global norm, AdamW, and the teacher's moving average, as one step."""
+"""The optimisers, by name: clip to a global norm, update the student, move the teacher after it.
+
+`AdamWEMA` does it all in one pass over the parameters. The others are libraries' optimisers with the same
+interface, which take the passes one after the other.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from pera_fast import ops
+from pera_fast.config import ConfigError
 
 _NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "weight_g")
 
 
-class AdamWEMA(torch.optim.Optimizer):
-    """AdamW over student parameters, each optionally followed by a teacher; state as torch.optim.AdamW's.
+class Shadow(Protocol):
+    """A bfloat16 copy of a weight: pera_fast.model.shadow.Shadow."""
 
-    pairs: (name, parameter, its teacher or None). decay_all: weight decay on every parameter, as the
-    PerA authors do; off, it spares biases, norms, tokens, positions and weight_g.
+    weight: Tensor
+
+    def fresh(self) -> Tensor: ...
+    def mark(self) -> None: ...
+
+
+class TeacherOptimizer(torch.optim.Optimizer):
+    """What the optimisers here have in common; `step` is that of the class beside it.
+
+    teachers: for each parameter with one, the tensor that is its moving average. shadows: bfloat16 copies of
+    parameters and teachers that are to follow them. momentum: of the moving average. clip_norm: largest norm of the
+    whole gradient.
+    """
+
+    teachers: dict[Tensor, Tensor]
+    momentum: float | Tensor
+    clip_norm: float
+    skipped: Tensor  # bool []: whether the last step found a gradient that is not finite, and changed nothing
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        teachers: Mapping[Tensor, Tensor] | None = None,
+        shadows: Sequence[Shadow] = (),
+        momentum: float | Tensor = 0.992,
+        clip_norm: float = math.inf,
+        **options: Any,
+    ) -> None:
+        _check("momentum", momentum, lambda x: 0 <= x <= 1, "0 to 1")
+        _check("clip_norm", clip_norm, lambda x: x > 0, "above 0")
+        super().__init__(params, **options)  # of the class beside it
+        self.teachers, self.momentum, self.clip_norm = dict(teachers or {}), momentum, clip_norm
+        self._shadows = {shadow.weight: shadow for shadow in shadows}
+        self.skipped = torch.tensor(False)
+        if not self.teachers.keys() <= {p for group in self.param_groups for p in group["params"]}:
+            raise ValueError("teachers: expected parameters of this optimiser as its keys, got others")
+
+    def schedule(self, *, lr: float, weight_decay: float, momentum: float) -> None:
+        """Set what changes from step to step; groups made with a weight decay of 0 keep it.
+
+        Where a group's value or the momentum is a tensor, it is filled, for graphs that have captured it.
+        """
+        for group in self.param_groups:
+            _set(group, "lr", lr)
+            if group.get("decayed", True):
+                _set(group, "weight_decay", weight_decay)
+        _set(vars(self), "momentum", momentum)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the whole gradient, float32 []; of DTensors, over all their shards."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        whole = [g for g in grads if not _is_sharded(g)]
+        norms = [ops.grad_norm(whole)] if whole else []
+        # Those sharded alike are summed over the ranks together.
+        alike: dict[Any, list[Any]] = {}
+        for g in grads:
+            if _is_sharded(g):
+                alike.setdefault((g.device_mesh, g.placements), []).append(g)
+        for (mesh, placements), shards in alike.items():
+            square = ops.grad_norm([g.to_local() for g in shards]).double().square()
+            for axis, placement in enumerate(placements):
+                if placement.is_partial():
+                    raise ValueError("gradients: expected sharded or replicated DTensors, got partial sums")
+                if placement.is_shard():
+                    dist.all_reduce(square, group=mesh.get_group(axis))
+            norms.append(square.sqrt().float())
+        return ops.grad_norm([norm[None] for norm in norms]) if len(norms) != 1 else norms[0]
+
+    def _shadow(self, tensor: Tensor | None) -> Tensor | None:
+        shadow = None if tensor is None else self._shadows.get(tensor)
+        # Equal from the start: a step that is skipped leaves it as it is.
+        return None if shadow is None else shadow.fresh()
+
+
+class AdamWEMA(TeacherOptimizer):
+    """AdamW, gradient clipping, the teacher's moving average and bfloat16 copies in one pass: `ops.adamw_ema`.
+
+    params, lr, betas, eps, weight_decay: as torch.optim.AdamW; its state_dict can be loaded here and this one
+    there. lr, weight_decay and momentum may be 0-d tensors, for graphs. For the others see TeacherOptimizer.
+
+    A step whose gradient's norm is not finite changes nothing and sets `skipped`. Parameters may be DTensors of
+    FSDP2, their teachers then sharded alike; each rank updates its shards.
     """
 
     def __init__(
         self,
-        pairs: list[tuple[str, nn.Parameter, Tensor | None]],
-        *,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 2e-5,
-        clip_norm: float = 3.0,
-        decay_all: bool = True,
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        *,
+        teachers: Mapping[Tensor, Tensor] | None = None,
+        shadows: Sequence[Shadow] = (),
+        momentum: float | Tensor = 0.992,
+        clip_norm: float = math.inf,
     ) -> None:
-        self.names = [name for name, _, _ in pairs]
-        self.clip_norm = clip_norm
-        self._teacher = {parameter: teacher for _, parameter, teacher in pairs}
-        decayed: list[nn.Parameter] = []
-        spared: list[nn.Parameter] = []
-        for name, parameter, _ in pairs:
-            is_spared = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _NOT_DECAYED
-            (spared if is_spared and not decay_all else decayed).append(parameter)
-        groups: list[dict[str, Any]] = [{"params": decayed, "decayed": True}]
-        if spared:
-            groups.append({"params": spared, "decayed": False})
-        super().__init__(groups, {"betas": betas, "eps": eps})
-        for parameter in self._teacher:
-            self.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        _check("lr", lr, lambda x: x >= 0, "at least 0")
+        _check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+        _check("eps", eps, lambda x: x >= 0, "at least 0")
+        _check("betas", min(betas), lambda x: x >= 0, "at least 0")
+        _check("betas", max(betas), lambda x: x < 1, "below 1")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params, teachers=teachers, shadows=shadows, momentum=momentum, clip_norm=clip_norm, defaults=defaults
+        )
 
-    def parameters_in_order(self) -> list[nn.Parameter]:
-        """The parameters in the order of `names`."""
-        return list(self._teacher)
-
-    def grad_norm(self) -> Tensor:
-        """L2 norm of the whole gradient, float []."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._teacher if p.grad is not None])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option in ("amsgrad", "maximize"):  # of torch.optim.AdamW's state_dict
+                if group.get(option):
+                    raise ValueError(f"{option}: expected False, got {group[option]}")
+        for parameter, values in self.state.items():
+            if "step" in values:  # torch keeps it on the CPU
+                values["step"] = torch.as_tensor(values["step"]).to(parameter.device, torch.float32)
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, *, lr: float, weight_decay: float, momentum: float, grad_norm: Tensor | None = None
-    ) -> Tensor:
-        """Update parameters and teachers; returns the gradient's norm before clipping.
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None) -> Any:  # type: ignore[override]
+        """Update parameters, teachers and shadows. grad_norm: float32 [], if it was computed before.
 
-        momentum: of the teacher's moving average. grad_norm: if it was computed before.
+        Returns what closure returns.
         """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
         norm = self.grad_norm() if grad_norm is None else grad_norm
-        clip_coefficient = min(1.0, self.clip_norm / (float(norm) + 1e-6))
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            states = [self.state[p] for p in params]
-            for state in states:
-                state["step"] += 1
-            ops.adamw_ema(
-                params,
-                [p.grad for p in params],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [self._teacher[p] for p in params],
-                step=int(states[0]["step"]),
-                lr=lr,
-                weight_decay=weight_decay if group["decayed"] else 0.0,
-                betas=group["betas"],
-                eps=group["eps"],
-                clip_coefficient=clip_coefficient,
-                momentum=momentum,
-            )
-        return norm
+            states = [self._state(p) for p in params]
+            teachers = [self.teachers.get(p) for p in params]
+            self.skipped = ops.adamw_ema(
+                _local(params), _local([p.grad for p in params]), _local([s["exp_avg"] for s in states]),
+                _local([s["exp_avg_sq"] for s in states]), [s["step"] for s in states], _local(teachers),
+                [self._shadow(p) for p in params], [self._shadow(t) for t in teachers], grad_norm=norm,
+                lr=group["lr"], weight_decay=group["weight_decay"], momentum=self.momentum, betas=group["betas"],
+                eps=group["eps"], clip_norm=self.clip_norm,
+            )  # fmt: skip
+        for shadow in self._shadows.values():
+            shadow.mark()
+        return result
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+class _StepThenTeacher(TeacherOptimizer):
+    """Clip, a library's step, then `ops.ema_update`; the host waits to learn whether the gradient is finite."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None) -> Any:  # type: ignore[override]
+        """As AdamWEMA.step."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        norm = self.grad_norm() if grad_norm is None else grad_norm
+        self.skipped = ~norm.isfinite()
+        if self.skipped:
+            return result
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(params, self.clip_norm, norm)
+        super().step()
+        taught = [p for p in params if p in self.teachers]
+        teachers = [self.teachers[p] for p in taught]
+        ops.ema_update(_local(teachers), _local(taught), self.momentum)
+        return result
+
+
+class TorchAdamW(_StepThenTeacher, torch.optim.AdamW):
+    """torch.optim.AdamW, fused, behind the interface of AdamWEMA."""
+
+
+OPTIMIZERS = ("adamw_ema", "torch_adamw", "apex_adam", "apex_lamb")
+
+
+def make(
+    name: str,
+    pairs: Sequence[tuple[str, Tensor, Tensor | None]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    clip_norm: float,
+    decay_all: bool,
+    shadows: Sequence[Shadow] = (),
+) -> TeacherOptimizer:
+    """An optimiser by its name, one of OPTIMIZERS.
+
+    pairs: (name, parameter, its teacher or None). decay_all: weight decay on every parameter, as the PerA authors
+    do; off, it spares biases, norms, tokens, positions and weight_g. Raises ConfigError when the name or what
+    it needs is not there.
+    """
+    decayed, spared = [], []
+    for parameter_name, parameter, _ in pairs:
+        is_spared = parameter.ndim < 2 or parameter_name.rsplit(".", 1)[-1] in _NOT_DECAYED
+        (spared if is_spared and not decay_all else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0, "decayed": False})
+    options: dict[str, Any] = {
+        "betas": betas, "eps": eps, "clip_norm": clip_norm, "shadows": shadows,
+        "teachers": {parameter: teacher for _, parameter, teacher in pairs if teacher is not None},
+    }  # fmt: skip
+    if name == "adamw_ema":
+        return AdamWEMA(groups, **options)
+    if name == "torch_adamw":
+        return TorchAdamW(groups, fused=True, **options)
+    if name in ("apex_adam", "apex_lamb"):
+        return _apex_optimizer(name, groups, options)
+    raise ConfigError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
+
+
+def apex() -> dict[str, Any]:
+    """Which `apex` is installed: NVIDIA's, which is built from source, or the package index's unrelated one.
+
+    Decided without importing it.
+    """
+    spec = importlib.util.find_spec("apex")
+    has_kernels = importlib.util.find_spec("amp_C") is not None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    is_nvidia = has_kernels or any((Path(place) / "optimizers").is_dir() for place in places)
+    if spec is None and not has_kernels:
+        note = "not installed"
+    elif is_nvidia:
+        note = "NVIDIA apex" + ("" if has_kernels else ", without its compiled kernels (amp_C)")
+    else:
+        note = "an unrelated package of that name, not NVIDIA apex; not used"
+    return {"is_nvidia": is_nvidia, "has_kernels": has_kernels, "note": note}
+
+
+def _apex_optimizer(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> TeacherOptimizer:
+    found = apex()
+    if not (found["is_nvidia"] and found["has_kernels"]):
+        raise ConfigError(
+            f"optimizer: expected NVIDIA apex with its compiled kernels (github.com/NVIDIA/apex) for {name}, "
+            f"got {found['note']}"
+        )
+    module = importlib.import_module("apex.optimizers")
+    base, own = module.FusedAdam, {"adam_w_mode": True}
+    if name == "apex_lamb":
+        base, own = module.FusedLAMB, {"adam_w_mode": True, "max_grad_norm": 1e30}  # clipped already
+    made: TeacherOptimizer = type(base.__name__, (_StepThenTeacher, base), {})(groups, **own, **options)
+    return made
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor; asked so, since importing the class takes a second."""
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensors: Sequence[Any]) -> list[Any]:
+    """This rank's shards of DTensors; other tensors as they are."""
+    return [t.to_local() if _is_sharded(t) else t for t in tensors]
+
+
+def _set(values: dict[str, Any], key: str, value: float) -> None:
+    if isinstance(values[key], Tensor):
+        values[key].fill_(value)
+    else:
+        values[key] = value
+
+
+def _check(name: str, value: float | Tensor, holds: Callable[[float], bool], expected: str) -> None:
+    if not isinstance(value, Tensor) and not holds(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -388,24 +388,52 @@ def adamw_ema(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
     teachers: Sequence[Tensor | None],
+    shadows: Sequence[Tensor | None],
+    teacher_shadows: Sequence[Tensor | None],
+    hyper: Tensor,
+    grad_norm: Tensor,
     *,
-    step: int,
-    lr: float,
-    weight_decay: float,
     betas: tuple[float, float],
     eps: float,
-    clip_coefficient: float,
-    momentum: float,
-) -> None:
-    """Clip, AdamW (Loshchilov & Hutter 2019), then teacher += (1 - momentum)(param - teacher); in place."""
-    beta1, beta2 = betas
-    for p, g, m, v, teacher in zip(params, grads, exp_avgs, exp_avg_sqs, teachers, strict=True):
-        g = g * clip_coefficient
+    clip_norm: float,
+) -> Tensor:
+    """Clip, AdamW (Loshchilov & Hutter 2019), then teacher += (1 - momentum)(param - teacher); in place.
+
+    hyper: lr, weight decay, momentum. Returns whether the norm was not finite and nothing was done.
+    """
+    if not grad_norm.isfinite():
+        return torch.tensor(True, device=grad_norm.device)
+    lr, weight_decay, _ = hyper.tolist()
+    clip = min(1.0, clip_norm / (float(grad_norm) + 1e-6))
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        g = g.to(p.dtype) * clip
+        step += 1
         p.mul_(1 - lr * weight_decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
-        p.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        denominator = (v / (1 - betas[1] ** float(step))).sqrt_().add_(eps)
+        p.addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** float(step)))
+    for p, shadow in zip(params, shadows, strict=True):
+        if shadow is not None:
+            shadow.copy_(p)
+    for teacher, p, shadow in zip(teachers, params, teacher_shadows, strict=True):
         if teacher is not None:
-            teacher.lerp_(p, 1 - momentum)
+            ema_update([teacher], [p], hyper[2], [shadow])
+    return torch.tensor(False, device=grad_norm.device)
+
+
+def ema_update(
+    teachers: Sequence[Tensor], params: Sequence[Tensor], momentum: Tensor, shadows: Sequence[Tensor | None]
+) -> None:
+    """teacher += (1 - momentum)(param - teacher) in place, and its bfloat16 copy."""
+    for teacher, param, shadow in zip(teachers, params, shadows, strict=True):
+        teacher.lerp_(param.to(teacher.dtype), float(1 - momentum))
+        if shadow is not None:
+            shadow.copy_(teacher)
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all numbers of all tensors, float32 []."""
+    return torch.stack([g.double().norm() for g in grads]).norm().float()

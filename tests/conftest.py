@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from pera_fast.config import PRESETS, Config, CropConfig, ModelConfig, OptimConfig
+from pera_fast.ops import _library
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+needs_cuda = pytest.mark.skipif(_library.why_no_cuda() is not None, reason=f"cuda: {_library.why_no_cuda()}")
 
 
 def shared_file(name: str) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pera_fast.config import Config, CropConfig, ModelConfig, OptimConfig
 from pera_fast.model.pera import CropGroup, Patches, PerA, make_subsets
-from pera_fast.optim import AdamWEMA
+from pera_fast.optim import TeacherOptimizer, make
 from pera_fast.reference import patchify
 
 BOUNDS = {"losses": 1e-5, "gradients": 1e-5, "parameters": 2e-6}
@@ -121,7 +121,7 @@ def absolute(got: Tensor, want: Tensor) -> float:
 
 
 def check_step(
-    model: PerA, optimizer: AdamWEMA, hparams: dict[str, Any], step: dict[str, Any]
+    model: PerA, optimizer: TeacherOptimizer, hparams: dict[str, Any], step: dict[str, Any]
 ) -> dict[str, Any]:
     inputs, depth = step["inputs"], hparams["depth"]
     kinds = ["global"] + (["local"] if hparams["num_local"] else [])
@@ -146,7 +146,9 @@ def check_step(
     losses.total.backward()
     centre_after = model.next_centre(losses.z_teacher_sum / sum(len(g.teacher) for g in groups))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    norm = optimizer.step(lr=step["lr"], weight_decay=step["wd"], momentum=step["momentum"])
+    norm = optimizer.grad_norm()
+    optimizer.schedule(lr=step["lr"], weight_decay=step["wd"], momentum=step["momentum"])
+    optimizer.step(grad_norm=norm)
     model.centre.copy_(centre_after)
 
     num_global, crops = hparams["num_global"], hparams["num_global"] + hparams["num_local"]
@@ -189,9 +191,10 @@ def check(path: str) -> dict[str, Any]:
     model = PerA(config_of(hparams, in_bands))
     state = {ours(name): value for name, value in recorded["init_state"].items()}
     model.load_state_dict({**state, "centre": torch.zeros_like(model.centre)}, strict=True)
-    optimizer = AdamWEMA(
-        model.ema_pairs(), betas=tuple(hparams["betas"]), eps=hparams["eps"], clip_norm=hparams["clip"]
-    )
+    optimizer = make(
+        "adamw_ema", model.ema_pairs(), betas=tuple(hparams["betas"]), eps=hparams["eps"],
+        clip_norm=hparams["clip"], decay_all=True,
+    )  # fmt: skip
     steps = [check_step(model, optimizer, hparams, step) for step in recorded["steps"]]
 
     def worst(key: str) -> float:

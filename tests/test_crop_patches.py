@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shared_file
+from conftest import ROOT, needs_cuda, shared_file
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from pera_fast.ops import _library
 from pera_fast.reference import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
-needs_cuda = pytest.mark.skipif(_library.why_no_cuda() is not None, reason=f"cuda: {_library.why_no_cuda()}")
 every_backend = pytest.mark.parametrize(
     "backend",
     ["reference", pytest.param("cpp", marks=needs_cpp), pytest.param("cuda", marks=needs_cuda)],

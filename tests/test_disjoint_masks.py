@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
+from conftest import needs_cuda
 
 from pera_fast.ops import BackendError, _dispatch, _library, disjoint_masks
 from pera_fast.reference import disjoint_masks as disjoint_masks_reference
 from pera_fast.reference import philox4x32_10
 
 needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
-needs_cuda = pytest.mark.skipif(_library.why_no_cuda() is not None, reason=f"cuda: {_library.why_no_cuda()}")
 
 # (num_patches, num_student, num_target): the method's own, both extremes of each count, no multiples of four.
 SIZES = [

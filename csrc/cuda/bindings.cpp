@@ -7,12 +7,15 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <string>
 
 #include "../crop_patches_op.h"
 #include "../disjoint_masks_op.h"
+#include "../parameters_op.h"
 #include "crop_patches.h"
 #include "disjoint_masks.h"
+#include "parameters.h"
 
 namespace pera_fast {
 namespace {
@@ -75,10 +78,49 @@ void crop_patches(
           a, sums.mutable_data_ptr<int64_t>(), current_stream(buffer.get_device_index())));
 }
 
+void adamw_ema(
+    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, Tensors teachers,
+    Tensors shadows, Tensors teacher_shadows, const Tensor& hyper, const Tensor& grad_norm, double beta1,
+    double beta2, double eps, double clip_norm, Tensor skipped) {
+  const std::vector<AdamWEMATensor> tensors = adamw_ema_tensors(
+      params, grads, exp_avgs, exp_avg_sqs, steps, teachers, shadows, teacher_shadows, grad_norm);
+  torch::stable::accelerator::DeviceGuard guard(grad_norm.get_device_index());
+  static_assert(sizeof(AdamWEMACoefficients) % sizeof(float) == 0);
+  const int64_t room = static_cast<int64_t>(std::max<size_t>(1, tensors.size()) * sizeof(AdamWEMACoefficients) / sizeof(float));
+  Tensor coefficients = torch::stable::new_empty(grad_norm, {room});
+  check_launch(
+      "adamw_ema",
+      launch_adamw_ema(
+          tensors, {beta1, beta2, eps, clip_norm}, hyper_of(hyper, 3, grad_norm), float_of(grad_norm, "grad_norm"),
+          static_cast<AdamWEMACoefficients*>(coefficients.mutable_data_ptr()), flag_of(skipped, grad_norm),
+          current_stream(grad_norm.get_device_index())));
+}
+
+void ema_update(Tensors teachers, Tensors params, Tensors shadows, const Tensor& momentum) {
+  const std::vector<EmaTensor> tensors = ema_tensors(teachers, params, shadows, momentum);
+  torch::stable::accelerator::DeviceGuard guard(momentum.get_device_index());
+  check_launch(
+      "ema_update", launch_ema_update(
+                        tensors, hyper_of(momentum, 1, momentum), current_stream(momentum.get_device_index())));
+}
+
+void grad_norm(Tensors grads, Tensor norm) {
+  const std::vector<GradTensor> tensors = grad_tensors(grads, norm);
+  torch::stable::accelerator::DeviceGuard guard(norm.get_device_index());
+  Tensor partial = torch::stable::new_empty(norm, {std::max<int64_t>(1, grad_norm_partials(tensors))});
+  check_launch(
+      "grad_norm", launch_grad_norm(
+                       tensors, partial.mutable_data_ptr<float>(), const_cast<float*>(float_of(norm, "norm")),
+                       current_stream(norm.get_device_index())));
+}
+
 }  // namespace
 }  // namespace pera_fast
 
 STABLE_TORCH_LIBRARY_IMPL(pera_fast, CUDA, m) {
   m.impl("disjoint_masks", TORCH_BOX(&pera_fast::disjoint_masks));
   m.impl("crop_patches", TORCH_BOX(&pera_fast::crop_patches));
+  m.impl("adamw_ema", TORCH_BOX(&pera_fast::adamw_ema));
+  m.impl("ema_update", TORCH_BOX(&pera_fast::ema_update));
+  m.impl("grad_norm", TORCH_BOX(&pera_fast::grad_norm));
 }

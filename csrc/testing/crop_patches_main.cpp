@@ -3,33 +3,13 @@
 // Both are binary, in this machine's byte order. Arguments: as int64 images, bands, crops, crop_px, patch_px,
 // exact, the buffer's bytes, and each set's count, leading and type; then the arrays in the order of
 // CropPatches, last the patches of each set. Rows: of each set.
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <vector>
 
 #include "../cuda/crop_patches.h"
+#include "arrays.h"
 
-namespace {
-
-// Each of its exact size, so that the sanitizer sees an access past the end.
-std::vector<std::unique_ptr<char[]>> arrays;
-
-char* new_array(size_t bytes) {
-  arrays.emplace_back(new char[bytes]);
-  return arrays.back().get();
-}
-
-template <class T>
-const T* read(int64_t count) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-  char* const array = new_array(bytes);
-  if (std::fread(array, 1, bytes, stdin) != bytes) std::exit(2);
-  return reinterpret_cast<const T*>(array);
-}
-
-}  // namespace
+using pera_fast::testing::new_array;
+using pera_fast::testing::read;
 
 int main() {
   pera_fast::CropPatches a{};

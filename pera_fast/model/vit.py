@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pera_fast import ops
 from pera_fast.config import ModelConfig
+from pera_fast.model.shadow import weight_of
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
@@ -32,7 +33,7 @@ class Subset:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return ops.linear(x, layer.weight, layer.bias)
+    return ops.linear(x, weight_of(layer), layer.bias)
 
 
 class Attention(nn.Module):
@@ -171,7 +172,7 @@ class VisionTransformer(nn.Module):
             first, rest = every.tensor_split([index[0].numel()])
             place = torch.cat((first.view_as(index[0])[:, : 1 + patches[0].shape[1]].flatten(), rest))
         entries = torch.cat([i.flatten() for i in index])
-        return ops.patch_embed(rows, proj.weight.flatten(1), torch.cat(added), entries, place)
+        return ops.patch_embed(rows, weight_of(proj).flatten(1), torch.cat(added), entries, place)
 
     def blocks_forward(self, x: Tensor, subsets: Sequence[Subset]) -> Tensor:
         """Run the blocks on x [rows, D], which is overwritten; subsets: one per branch (attention, MLP, …)."""

@@ -5,6 +5,8 @@ from pera_fast.ops.adamw_ema import adamw_ema
 from pera_fast.ops.crop_patches import CropTable, SourceImages, crop_patches, pack_images
 from pera_fast.ops.disjoint_masks import disjoint_masks
 from pera_fast.ops.distill_loss import distill_loss, mean_prototype_logit, sinkhorn_centre
+from pera_fast.ops.ema_update import ema_update
+from pera_fast.ops.grad_norm import grad_norm
 from pera_fast.ops.koleo import koleo
 from pera_fast.ops.linear import linear
 from pera_fast.ops.packed_attention import packed_attention
@@ -19,6 +21,8 @@ __all__ = [
     "crop_patches",
     "disjoint_masks",
     "distill_loss",
+    "ema_update",
+    "grad_norm",
     "koleo",
     "linear",
     "mean_prototype_logit",

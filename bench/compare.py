@@ -133,7 +133,8 @@ def device_name(device: str) -> str:
         if line.startswith("model name"):
             name = line.split(":", 1)[1].strip()
             break
-    return f"{name}, {torch.get_num_threads()} threads"
+    # The name may leave the processor's generation open, as cloud machines' do.
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

@@ -98,7 +98,9 @@ class Engine:
         ]
         sums = self.world.sum(torch.stack(rows).sum(0))
         passes = len(parts) * self.world.ranks
-        centre = self.model.next_centre(sums[5:] / (passes * crops_per_pass))  # from the teacher of these logits
+        centre = self.model.next_centre(
+            sums[5:] / (passes * crops_per_pass)
+        )  # from the teacher of these logits
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
         grad_norm = torch.where(sums.isfinite().all(), self.optimizer.grad_norm(), torch.nan)

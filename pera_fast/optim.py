@@ -33,7 +33,7 @@ class Shadow(Protocol):
 
 
 class TeacherOptimizer(torch.optim.Optimizer):
-    """What the optimisers here have in common; `step` is that of the class beside it.
+    """What the optimisers here have in common.
 
     teachers: for each parameter with one, the tensor that is its moving average. shadows: bfloat16 copies of
     parameters and teachers that are to follow them. momentum: of the moving average. clip_norm: largest norm of the
@@ -96,10 +96,36 @@ class TeacherOptimizer(torch.optim.Optimizer):
             norms.append(square.sqrt().float())
         return ops.grad_norm([norm[None] for norm in norms]) if len(norms) != 1 else norms[0]
 
-    def _shadow(self, tensor: Tensor | None) -> Tensor | None:
-        shadow = None if tensor is None else self._shadows.get(tensor)
-        # Equal from the start: a step that is skipped leaves it as it is.
-        return None if shadow is None else shadow.fresh()
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None) -> Any:  # type: ignore[override]
+        """Update parameters, teachers and shadows. grad_norm: float32 [], if it was computed before.
+
+        Returns what closure returns.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._update(self.grad_norm() if grad_norm is None else grad_norm)
+        return result
+
+    def _update(self, norm: Tensor) -> None:
+        raise NotImplementedError
+
+    def _move_teachers(self, params: Sequence[Tensor], momentum: float | Tensor) -> None:
+        teachers = [self.teachers[p] for p in params]
+        ops.ema_update(_local(teachers), _local(params), momentum, self._copies(teachers))
+        self._mark(teachers)
+
+    def _copies(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The shadows' copies, equal from the start: a step that is skipped leaves them as they are."""
+        found = (self._shadows.get(t) if t is not None else None for t in tensors)
+        return [None if shadow is None else shadow.fresh() for shadow in found]
+
+    def _mark(self, tensors: Sequence[Tensor | None]) -> None:
+        for tensor in tensors:
+            if tensor is not None and tensor in self._shadows:
+                self._shadows[tensor].mark()
 
 
 class AdamWEMA(TeacherOptimizer):
@@ -133,7 +159,7 @@ class AdamWEMA(TeacherOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, teachers=teachers, shadows=shadows, momentum=momentum, clip_norm=clip_norm, defaults=defaults
-        )
+        )  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -145,17 +171,7 @@ class AdamWEMA(TeacherOptimizer):
             if "step" in values:  # torch keeps it on the CPU
                 values["step"] = torch.as_tensor(values["step"]).to(parameter.device, torch.float32)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None) -> Any:  # type: ignore[override]
-        """Update parameters, teachers and shadows. grad_norm: float32 [], if it was computed before.
-
-        Returns what closure returns.
-        """
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        norm = self.grad_norm() if grad_norm is None else grad_norm
+    def _update(self, norm: Tensor) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self._state(p) for p in params]
@@ -163,13 +179,16 @@ class AdamWEMA(TeacherOptimizer):
             self.skipped = ops.adamw_ema(
                 _local(params), _local([p.grad for p in params]), _local([s["exp_avg"] for s in states]),
                 _local([s["exp_avg_sq"] for s in states]), [s["step"] for s in states], _local(teachers),
-                [self._shadow(p) for p in params], [self._shadow(t) for t in teachers], grad_norm=norm,
-                lr=group["lr"], weight_decay=group["weight_decay"], momentum=self.momentum, betas=group["betas"],
+                self._copies(params), self._copies(teachers), grad_norm=norm, lr=group["lr"],
+                weight_decay=group["weight_decay"], momentum=self.momentum, betas=group["betas"],
                 eps=group["eps"], clip_norm=self.clip_norm,
             )  # fmt: skip
-        for shadow in self._shadows.values():
-            shadow.mark()
-        return result
+            self._mark(params)
+            self._mark(teachers)
+        still = [p for p in self.teachers if p.grad is None]
+        if still:  # their teachers move all the same, unless the step was skipped
+            one, momentum = torch.ones((), dtype=torch.float64, device=norm.device), self.momentum
+            self._move_teachers(still, torch.where(self.skipped, one, momentum))
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -183,24 +202,16 @@ class AdamWEMA(TeacherOptimizer):
 class _StepThenTeacher(TeacherOptimizer):
     """Clip, a library's step, then `ops.ema_update`; the host waits to learn whether the gradient is finite."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None) -> Any:  # type: ignore[override]
-        """As AdamWEMA.step."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        norm = self.grad_norm() if grad_norm is None else grad_norm
+    def _update(self, norm: Tensor) -> None:
         self.skipped = ~norm.isfinite()
         if self.skipped:
-            return result
+            return
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(params, self.clip_norm, norm)
-        super().step()
-        taught = [p for p in params if p in self.teachers]
-        teachers = [self.teachers[p] for p in taught]
-        ops.ema_update(_local(teachers), _local(taught), self.momentum)
-        return result
+        super(TeacherOptimizer, self).step()
+        # Fused steps leave the counter of changes as it is, by which shadows are made anew.
+        torch.autograd.graph.increment_version(params)
+        self._move_teachers(list(self.teachers), self.momentum)
 
 
 class TorchAdamW(_StepThenTeacher, torch.optim.AdamW):
@@ -226,7 +237,8 @@ def make(
     do; off, it spares biases, norms, tokens, positions and weight_g. Raises ConfigError when the name or what
     it needs is not there.
     """
-    decayed, spared = [], []
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
     for parameter_name, parameter, _ in pairs:
         is_spared = parameter.ndim < 2 or parameter_name.rsplit(".", 1)[-1] in _NOT_DECAYED
         (spared if is_spared and not decay_all else decayed).append(parameter)
@@ -272,9 +284,10 @@ def _apex_optimizer(name: str, groups: list[dict[str, Any]], options: dict[str, 
             f"got {found['note']}"
         )
     module = importlib.import_module("apex.optimizers")
-    base, own = module.FusedAdam, {"adam_w_mode": True}
+    base: Any = module.FusedAdam
+    own: dict[str, Any] = {"adam_w_mode": True}
     if name == "apex_lamb":
-        base, own = module.FusedLAMB, {"adam_w_mode": True, "max_grad_norm": 1e30}  # clipped already
+        base, own["max_grad_norm"] = module.FusedLAMB, 1e30  # clipped already
     made: TeacherOptimizer = type(base.__name__, (_StepThenTeacher, base), {})(groups, **own, **options)
     return made
 

@@ -247,8 +247,12 @@ def test_bad_input() -> None:
     refused("steps: expected 1 tensors, one for each of params, got 0", steps=[])
     refused(r"teachers\[0\]: expected shape \[3\], got \[4\]", teachers=[torch.zeros(4)])
     refused(r"shadows\[0\]: expected torch.bfloat16, got torch.float32", shadows=p)
-    refused(r"exp_avgs\[0\]: expected torch.float32, got torch.bfloat16", exp_avgs=[torch.zeros(3).bfloat16()])
-    refused(r"steps\[0\]: expected float32 \[\], got torch.int64 \[\]", steps=[torch.zeros((), dtype=torch.int64)])
+    refused(
+        r"exp_avgs\[0\]: expected torch.float32, got torch.bfloat16", exp_avgs=[torch.zeros(3).bfloat16()]
+    )
+    refused(
+        r"steps\[0\]: expected float32 \[\], got torch.int64 \[\]", steps=[torch.zeros((), dtype=torch.int64)]
+    )
     refused(r"grad_norm: expected float32 \[\], got torch.float32 \[1\]", grad_norm=torch.ones(1))
     refused(r"grads\[0\]: expected device cpu, got meta", grads=[torch.zeros(3, device="meta")])
 

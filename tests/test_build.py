@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -474,3 +476,94 @@ def test_crop_patches_on_the_host_equal_those_of_the_cpu(
     leading = (1, 0, 1) if len(boxes) % 2 else (0, 0, 0)
     types = [ROW_TYPES[(crop_px + i) % 3] for i in range(3)]
     assert_rows_agree(call.on_host(on_host, order, leading, types), call.on_cpu(leading, types), exact)
+
+
+# --- The ops over parameters: bit for bit the C++ library's results ---
+
+# (numel, how many numbers behind an aligned address): tails, odd addresses, several chunks, none.
+PARAMETERS = [(1, 0), (7, 0), (4096, 0), (4097, 0), (9001, 1), (1030, 2), (64, 3), (0, 0)]
+BYTES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def packed(kind: str, *numbers: float) -> bytes:
+    return struct.pack(f"={len(numbers)}{kind}", *numbers)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("param", BYTES)
+@pytest.mark.parametrize("grad", BYTES)
+@pytest.mark.parametrize("copies", [0, 6])  # more tensors than fit a launch
+@pytest.mark.parametrize("norm", [2.0, 7.0, float("nan")])
+def test_adamw_ema_on_the_host_equals_the_cpu(order, param, grad, copies, norm, on_host):
+    random = torch.Generator().manual_seed(0)
+    shapes = PARAMETERS + [(5, 0)] * (copies * 10)
+    options = (1e-3, 0.1, 0.99, 0.9, 0.999, 1e-8, 3.0)  # lr, weight decay, momentum, betas, eps, clip norm
+    stdin = packed("q", len(shapes)) + packed("d", *options) + packed("f", norm)
+    lists: list[list[torch.Tensor]] = [[] for _ in range(8)]
+    for i, (numel, shift) in enumerate(shapes):
+        teacher = (None, torch.float32, torch.bfloat16)[i % 3]
+        with_shadow = i % 2 == 1
+
+        def drawn(dtype, numel=numel):
+            return torch.randn(numel, generator=random).to(dtype)
+
+        nothing = torch.empty(0)
+        step = torch.tensor(float(i))
+        p, g, m, v = drawn(param), drawn(grad), drawn(param), drawn(param).abs()
+        t = nothing if teacher is None else drawn(teacher)
+        low = torch.empty(numel, dtype=torch.bfloat16) if with_shadow else nothing
+        teacher_low = torch.empty_like(low) if with_shadow and teacher is not None else nothing
+        stdin += packed("q", numel, shift, BYTES[param], BYTES[grad], BYTES.get(teacher, 0), with_shadow)
+        stdin += b"".join(map(raw, (p, g, m, v, step, t)))
+        for one, tensor in zip(lists, (p, g, m, v, step, t, low, teacher_low), strict=True):
+            one.append(tensor)
+    result = on_host("adamw_ema", order, stdin=stdin)
+    skipped = torch.zeros((), dtype=torch.bool)
+    torch.ops.pera_fast.adamw_ema(
+        *lists, torch.tensor(options[:3], dtype=torch.float64), torch.tensor(norm), *options[3:], skipped
+    )
+    assert result[0] == skipped == math.isnan(norm)
+    if skipped:  # nothing is written, not even to the new copies
+        return
+    expected = b"".join(
+        raw(tensor) for p, _, *rest in zip(*lists, strict=True) for tensor in (p, *rest) if tensor.numel()
+    )
+    assert result[1:] == expected
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("teacher", BYTES)
+@pytest.mark.parametrize("param", BYTES)
+def test_ema_update_on_the_host_equals_the_cpu(order, teacher, param, on_host):
+    random = torch.Generator().manual_seed(0)
+    shapes = PARAMETERS + [(5, 0)] * 120  # more than fit a launch
+    stdin, teachers, params, shadows = packed("q", len(shapes)) + packed("d", 0.99), [], [], []
+    for i, (numel, shift) in enumerate(shapes):
+        teachers.append(torch.randn(numel, generator=random).to(teacher))
+        params.append(torch.randn(numel, generator=random).to(param))
+        shadows.append(torch.empty(numel if i % 2 else 0, dtype=torch.bfloat16))
+        stdin += (
+            packed("q", numel, shift, BYTES[teacher], BYTES[param], i % 2)
+            + raw(teachers[-1])
+            + raw(params[-1])
+        )
+    result = on_host("ema_update", order, stdin=stdin)
+    torch.ops.pera_fast.ema_update(teachers, params, shadows, torch.tensor([0.99], dtype=torch.float64))
+    assert result == b"".join(raw(x) for pair in zip(teachers, shadows, strict=True) for x in pair)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_grad_norm_on_the_host(order, on_host):
+    random = torch.Generator().manual_seed(0)
+    shapes = PARAMETERS + [(4096 * 300, 0)] + [(5, 0)] * 250  # more partial sums than threads
+    stdin, grads = packed("q", len(shapes)), []
+    for i, (numel, shift) in enumerate(shapes):
+        grads.append(torch.randn(numel, generator=random).to([torch.float32, torch.bfloat16][i % 2]))
+        stdin += packed("q", numel, shift, BYTES[grads[-1].dtype]) + raw(grads[-1])
+    (norm,) = struct.unpack("=f", on_host("grad_norm", order, stdin=stdin))
+    assert norm == pytest.approx(float(torch.cat([g.double() for g in grads]).norm()), rel=1e-6)
+    assert struct.unpack("=f", on_host("grad_norm", order, stdin=packed("q", 0))) == (0.0,)

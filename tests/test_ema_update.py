@@ -91,7 +91,9 @@ def test_bad_input() -> None:
 def test_opcheck() -> None:
     t, empty = tensors(FP32, 0)[:1], torch.empty(0)
     momentum = torch.tensor([0.9], dtype=torch.float64)
-    torch.library.opcheck(torch.ops.pera_fast.ema_update.default, (t, tensors(FP32, 1)[:1], [empty], momentum))
+    torch.library.opcheck(
+        torch.ops.pera_fast.ema_update.default, (t, tensors(FP32, 1)[:1], [empty], momentum)
+    )
 
 
 @needs_cuda

@@ -16,7 +16,10 @@ SHAPES = [(7,), (0,), (33, 17), (4096,), (4097,), (3, 50000), (1,)]
 
 def gradients(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
-    return [(torch.randn(shape, generator=random) * 10.0 ** (i - 3)).to(device, dtype) for i, shape in enumerate(SHAPES)]
+    return [
+        (torch.randn(shape, generator=random) * 10.0 ** (i - 3)).to(device, dtype)
+        for i, shape in enumerate(SHAPES)
+    ]
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])

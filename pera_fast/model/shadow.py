@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Shadow:
     """A weight's bfloat16 copy. Made again when the weight has changed, unless who changed it made it, too.
 
-    Changes are seen by PyTorch's version counter; a write through `weight.data` does not advance it.
+    Changes are seen by PyTorch's version counter, which a write through `weight.data` and the fused steps of
+    torch.optim do not advance: torch.autograd.graph.increment_version does.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -59,7 +60,8 @@ def give_shadows(network: nn.Module) -> None:
 
 def shadows_of(network: nn.Module) -> list[Shadow]:
     """The shadows that `give_shadows` gave to it."""
-    return [layer.shadow for layer in network.modules() if isinstance(getattr(layer, "shadow", None), Shadow)]
+    found = (getattr(layer, "shadow", None) for layer in network.modules())
+    return [shadow for shadow in found if isinstance(shadow, Shadow)]
 
 
 def weight_of(layer: nn.Linear | nn.Conv2d) -> Tensor:

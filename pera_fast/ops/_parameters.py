@@ -52,7 +52,8 @@ def in_memory_order(x: Tensor, like: Tensor | None = None) -> Tensor:
     like = x if like is None else like
     if like.is_contiguous() and x.is_contiguous():
         return x
-    return x.permute(sorted(range(like.dim()), key=lambda axis: -like.stride(axis)))
+    strides = like.stride()
+    return x.permute(sorted(range(like.dim()), key=lambda axis: -strides[axis]))
 
 
 def flat(first: str, written: Lists, read: Lists) -> list[list[Tensor]]:

@@ -3,6 +3,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
   m.def("isa() -> int");
+  m.def("is_amd() -> bool");
+  m.def("has_bfloat16() -> bool");
   m.def(
       "disjoint_masks(Tensor crop_index, int seed, int step, int num_patches, int num_student, int num_target)"
       " -> (Tensor student, Tensor target, Tensor teacher)");

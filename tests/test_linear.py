@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import three_way
+from torch import Tensor
 
 from pera_fast import ops
+
+linear_module = sys.modules["pera_fast.ops.linear"]  # the function of that name hides it
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -29,8 +35,40 @@ def test_rows_that_do_not_lie_together() -> None:
 def test_autocast_decides_the_dtype() -> None:
     x, weight, bias = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(
+            ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=2**-7, atol=2**-7
+        )
     assert ops.linear(x, weight, bias).dtype == torch.float32
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (300, 384, 129)])
+def test_bfloat16_with_and_without_instructions(
+    rows: int, features: int, dim: int, is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three-way, under autocast from float32 and on bfloat16 tensors."""
+    monkeypatch.setattr(linear_module, "_traits", lambda: (False, is_fast))
+    inputs = [torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)]
+
+    def under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*tensors: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=tensors[0].dtype == torch.float32):
+                return function(*tensors)
+
+        return call
+
+    three_way(under_autocast(ops.linear), under_autocast(F.linear), *inputs, slack=2e-3)
+    three_way(ops.linear, F.linear, *(x.bfloat16() for x in inputs), slack=2e-3)
+
+
+def test_what_is_kept_for_the_backward_pass_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "_traits", lambda: (False, False))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            ops.linear(x, weight)
+    assert [k.dtype for k in kept] == [torch.bfloat16] * 2
 
 
 def test_no_rows() -> None:

@@ -249,7 +249,7 @@ class Prototypes(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-        return F.linear(z, weight)
+        return ops.linear(z, weight)
 
 
 class Head(nn.Module):

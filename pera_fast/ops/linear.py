@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pera_fast import reference
-from pera_fast.ops import _dispatch
+from pera_fast.ops import _dispatch, _library
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,16 +30,60 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _dispatch.function("linear", x.device.type)(x, weight, bias)
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if x.device.type != "cpu" or not is_float32 or len(x) == 0:
+def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    on = x.device.type
+    if on != "cpu" or len(x) == 0:
         return F.linear(x, weight, bias)
-    # As a convolution of one pixel, oneDNN takes the product, and those of the gradients: twice as fast as the
-    # BLAS behind F.linear on AMD processors, where that is MKL (bench_linear.py).
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+    if dtype == torch.bfloat16 and not _traits()[1]:
+        return _Wide.apply(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
+    if dtype == x.dtype == weight.dtype == torch.float32:
+        return _float32(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _traits()[0]:
+        return F.linear(x, weight, bias)
+    # As a convolution of one pixel, oneDNN takes the product and those of the gradients, where F.linear goes to
+    # MKL. With AVX-512 on an AMD processor that is twice as fast, with AVX2 half as fast (bench_linear.py).
     pixels = x.contiguous().view(1, len(x), 1, -1).permute(0, 3, 1, 2)
     kernel = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
     return F.conv2d(pixels, kernel, bias).permute(0, 2, 3, 1).reshape(len(x), -1)
 
 
-_dispatch.register("linear", "torch", _library)
+@functools.cache
+def _traits() -> tuple[bool, bool]:
+    """Whether oneDNN is the faster library in float32, and whether bfloat16 products have instructions."""
+    if _library.why_no_cpp() is not None:
+        return False, True
+    traits = torch.ops.pera_fast
+    return traits.is_amd() and traits.isa() >= 2, traits.has_bfloat16()
+
+
+class _Wide(torch.autograd.Function):
+    """A product of bfloat16 taken in float32: without instructions for it, torch's own is up to a hundred times
+    slower. Operands and results are bfloat16, what is kept for the backward pass too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            wide = None if bias is None else bias.float()
+            return _float32(x.float(), weight.float(), wide).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide, (of_x, of_weight, of_bias) = gradient.float(), ctx.needs_input_grad
+        with torch.autocast("cpu", enabled=False):
+            return (
+                (wide @ weight.float()).bfloat16() if of_x else None,
+                (wide.T @ x.float()).bfloat16() if of_weight else None,
+                wide.sum(0).bfloat16() if of_bias else None,
+            )
+
+
+_dispatch.register("linear", "torch", _library_product)
 _dispatch.register("linear", "reference", reference.linear)

@@ -94,7 +94,10 @@ def unit(head: torch.nn.Module, cls: Tensor) -> Tensor:
 
 
 def head_logits(head: torch.nn.Module, cls: Tensor) -> Tensor:
-    return head.last_layer(unit(head, cls))
+    """Logits of the weight-normalised last layer, whose weight is made anew in every call."""
+    layer = head.last_layer
+    weight = layer.weight_v * (layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True))
+    return F.linear(unit(head, cls), weight)
 
 
 def loss(

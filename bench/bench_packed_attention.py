@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_distill_loss import peak_flops
-from compare import all_close, compare, near, needs_gpu
+from compare import all_close, compare, near, needs_bfloat16, needs_gpu
 from torch import Tensor
 
 from pera_fast import ops
@@ -67,7 +67,7 @@ PEERS: dict[str, Callable[[Tensor, Groups], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @pytest.mark.parametrize(
     ("mix", "images", "model", "peer"),
     [

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from baselines.eager_step import masks, tokens
-from compare import all_close, compare
+from compare import all_close, compare, needs_bfloat16
 from torch import Tensor
 from workload import batch, small_vit_s, statistics
 
@@ -34,7 +34,7 @@ def whole_views(patches: Patches, size: int, crop_px: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("dim", "name"), [(384, "ViT-S"), (768, "ViT-B")])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 def bench_patch_embed(benchmark, dim: int, name: str, precision: str) -> None:
     """Rows or views -> tokens of student (with its gradients) and teacher."""
     config = small_vit_s()

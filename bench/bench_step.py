@@ -7,7 +7,7 @@ import pytest
 import torch
 from baselines import eager_step
 from baselines.pillow_augment import crop_pairs
-from compare import all_close, compare
+from compare import all_close, compare, needs_bfloat16
 from workload import IMAGENET, batch, small_vit_s, statistics
 
 from pera_fast.distributed import World
@@ -18,7 +18,7 @@ from pera_fast.schedules import StepValues
 VALUES = StepValues(lr=1e-3, weight_decay=0.04, momentum=0.992, teacher_temperature=0.04)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 def bench_step(benchmark, precision: str) -> None:
     # Without drop path, whose subsets are random, both steps must give the same loss.
     config = small_vit_s(drop_path=0.0)

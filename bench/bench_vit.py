@@ -11,7 +11,7 @@ import pytest
 import torch
 from baselines import eager_step
 from bench_patch_embed import whole_views
-from compare import all_close, compare, near, peak_bytes
+from compare import all_close, compare, near, needs_bfloat16, peak_bytes
 from torch import Tensor
 from workload import batch, small_vit_s, statistics
 
@@ -34,7 +34,7 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 @pytest.mark.parametrize(("drop_path", "images"), [(0.0, 2), (0.3, 4)])
 def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
     """Both from the same patches; the eager side is given whole views and embeds them all."""
@@ -77,7 +77,7 @@ def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 @pytest.mark.parametrize("recompute", ["none", "norms", "blocks"])
 def bench_recompute(benchmark, precision: str, recompute: str) -> None:
     """Time of the student's pass when less of it is kept, and what is: bytes an image at the end of forward."""

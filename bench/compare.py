@@ -18,8 +18,14 @@ import torch
 from torch import Tensor
 
 import pera_fast
+from pera_fast.ops import _library
 
 ROOT = Path(__file__).parent.parent
+# Elsewhere torch's products of bfloat16 take a hundred times as long as those of float32.
+needs_bfloat16 = pytest.mark.skipif(
+    _library.why_no_cpp() is None and not torch.ops.pera_fast.has_bfloat16(),
+    reason="this processor has no bfloat16 instructions",
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
 
 

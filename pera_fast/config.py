@@ -67,7 +67,7 @@ class ModelConfig:
     """Bands of the input images."""
     drop_path: float = 0.3
     """Share of sequences each student branch leaves out (0 turns drop path off)."""
-    recompute: Literal["none", "norms", "blocks"] = "none"
+    activation: Literal["none", "norms", "blocks"] = "none"
     """What the backward pass makes again rather than keep, for larger batches: nothing; the outputs of
     LayerNorm and GELU; or everything but the normalised input of each attention and MLP."""
     head_hidden_dim: int = 2048
@@ -266,10 +266,13 @@ class RunConfig:
     epochs: float = 200
     max_steps: int | None = None
     """Stop after this many optimiser steps; the schedules still follow `epochs`."""
-    batch_size: int = 64
-    """Images per rank and forward pass."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Images per rank and forward pass; auto: as many as fit, found by a few probe steps on a GPU and by
+    prediction, up to 64, on a CPU."""
     accumulate: int = 1
     """Forward passes per optimiser step; the result equals one batch of that many times the size."""
+    global_batch: int | None = None
+    """Images per optimiser step over all ranks; accumulate follows from it and batch_size."""
     precision: Literal["bf16", "fp32"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -280,6 +283,9 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 3
+    profile: int = 0
+    """Steps to profile, after two that warm up: profile/trace.json for Chrome's tracing or Perfetto, and
+    profile/ops.txt, the time of each operation (0: none)."""
     eval_train: str | None = None
     """Folder of class folders whose images are the k-NN neighbours."""
     eval_val: str | None = None
@@ -289,12 +295,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _all_finite(self)
+        if self.batch_size != "auto":
+            _positive_int(self, "batch_size")
+        if self.global_batch is not None:
+            _positive_int(self, "global_batch")
+            _require(self.accumulate == 1, "accumulate", "1 with global_batch", self.accumulate)
         _positive_int(
-            self, "batch_size", "accumulate", "max_skipped", "log_every", "checkpoint_every",
+            self, "accumulate", "max_skipped", "log_every", "checkpoint_every",
             "keep_checkpoints",
         )  # fmt: skip
         _require(self.epochs > 0, "epochs", "a number above 0", self.epochs)
         _require(0 <= self.seed < 2**63, "seed", "a whole number from 0 to below 2**63", self.seed)
+        _require(self.profile >= 0, "profile", "a whole number of at least 0", self.profile)
         _require(self.eval_every >= 0, "eval_every", "a whole number of at least 0", self.eval_every)
         if self.max_steps is not None:
             _positive_int(self, "max_steps")
@@ -310,6 +322,13 @@ class RunConfig:
             "eval_train and eval_val with it",
             "neither",
         )
+
+    @property
+    def images(self) -> int:
+        """batch_size as a number; RuntimeError while it is auto."""
+        if self.batch_size == "auto":
+            raise RuntimeError("batch_size is still auto")
+        return self.batch_size
 
 
 @dataclass(frozen=True)

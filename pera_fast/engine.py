@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,11 +17,21 @@ from pera_fast.config import Config
 from pera_fast.data.loader import Batch
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
-from pera_fast.model.pera import CropGroup, Losses, Patches, PerA, draw_subsets, join_whole_batch
+from pera_fast.model.pera import (
+    CropGroup,
+    Losses,
+    Patches,
+    PerA,
+    draw_subsets,
+    join_whole_batch,
+    split_patches,
+)  # fmt: skip
 from pera_fast.model.shadow import give_shadows, shadows_of
 from pera_fast.model.vit import Subset
 from pera_fast.optim import TeacherOptimizer, make
 from pera_fast.schedules import StepValues
+
+_log = logging.getLogger("pera_fast")
 
 
 @dataclass(frozen=True)
@@ -55,13 +66,51 @@ class Engine:
         self._forward: PerA | DistributedDataParallel = self.model
         if self.world.ranks > 1:
             self._forward = DistributedDataParallel(self.model)
+        self._passes_per_batch = 1
         data, device = self.config.data, self.world.device
         self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)
 
     def step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
-        """Update the model from `accumulate` batches; equal to one batch of them all on one rank."""
-        inputs = [self.patches(step, part, batch) for part, batch in enumerate(batches)]
+        """Update the model from `accumulate` batches; equal to one batch of them all on one rank.
+
+        A step that runs out of memory is taken once more in smaller forward passes, and so are all after it;
+        the result stays that of the whole batch. With several ranks, which would have to agree, it is the end.
+        """
+        try:
+            return self._step(step, batches, values)
+        except torch.OutOfMemoryError:
+            images = len(batches[0])
+            if self._passes_per_batch > 1 or self.world.ranks > 1 or images == 1:
+                raise
+        # Outside of the handler, whose traceback holds the tensors of the failed pass.
+        self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
+        self.optimizer.zero_grad()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        _log.warning(
+            "out of memory in step %d with %d images in a forward pass; taken again with %d in each of %d passes",
+            step + 1, images, images // self._passes_per_batch, self._passes_per_batch,
+        )  # fmt: skip
+        return self._step(step, batches, values)
+
+    def probe(self, patches: Patches) -> None:
+        """A forward and backward pass that changes nothing, for measuring memory."""
+        self.optimizer.zero_grad()
+        with self._autocast():
+            losses = self._forward(patches, self._subsets(0, 0, patches), 0.04, None)
+        losses.total.backward()
+        self.optimizer.zero_grad()
+
+    def _step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
+        crops = self.config.crops
+        inputs = [
+            piece
+            for part, batch in enumerate(batches)
+            for piece in split_patches(
+                self.patches(step, part, batch), self._passes_per_batch, crops.num_global, crops.num_local
+            )
+        ]
         whole_batches = self._whole_batches(step, inputs)
         self.optimizer.zero_grad()
         parts: list[Losses] = []

@@ -109,6 +109,9 @@ class TeacherOptimizer(torch.optim.Optimizer):
         self._update(self.grad_norm() if grad_norm is None else grad_norm)
         return result
 
+    def allocate(self) -> None:
+        """Make what the first step would make, where that is known, so that memory can be measured before it."""
+
     def _update(self, norm: Tensor) -> None:
         raise NotImplementedError
 
@@ -170,6 +173,11 @@ class AdamWEMA(TeacherOptimizer):
         for parameter, values in self.state.items():
             if "step" in values:  # torch keeps it on the CPU
                 values["step"] = torch.as_tensor(values["step"]).to(parameter.device, torch.float32)
+
+    def allocate(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state(parameter)
 
     def _update(self, norm: Tensor) -> None:
         for group in self.param_groups:

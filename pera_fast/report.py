@@ -238,7 +238,7 @@ def _progress_rows(
         return
     last = lines[-1]
     step = last["step"]
-    images = config.run.batch_size * config.run.accumulate * step
+    images = config.run.images * config.run.accumulate * step
     epoch = last.get("epoch")
     if _is_number(epoch) and images:
         window_px = config.data.window_px
@@ -348,7 +348,7 @@ def _choose_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]
     """A sample of the first step, one of its global crops, and that crop's index in the whole batch."""
     dataset = WindowDataset(SceneIndex(list(scenes), []), statistics, config)
     num_global, crops_per_image = config.crops.num_global, config.crops.num_global + config.crops.num_local
-    for position in range(min(config.run.batch_size, 8)):
+    for position in range(min(config.run.images, 8)):
         sample = dataset[position]
         for crop in range(num_global):
             student, teacher = sample.crops["global"]["order"][crop][:, 0] >= 0

@@ -9,6 +9,8 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import pera_fast
-from pera_fast import checkpoint
+from pera_fast import batch, checkpoint
 from pera_fast.config import Config, ConfigError, save_yaml, to_dict
 from pera_fast.data.loader import Batch, WindowDataset, make_loader
 from pera_fast.data.sources import DataError, SceneIndex, printable, scan
@@ -52,8 +54,12 @@ class Run:
         self.statistics = found.statistics if found else self._statistics()
         if self._eval_tiles:
             check_tiles(*self._eval_tiles, self.statistics)
-        self.dataset = WindowDataset(self.index, self.statistics, config)
         self.engine = Engine(config, self.statistics, world)
+        if found and config.run.batch_size == "auto":  # a run goes on as it began
+            config = replace(config, run=replace(config.run, batch_size=found.config.run.batch_size))
+        config, self._predicted_bytes = batch.choose(self.engine, config, world)
+        self.config = self.engine.config = config
+        self.dataset = WindowDataset(self.index, self.statistics, config)
         self.schedules = Schedules.of(config, len(self.dataset), world.ranks)
         self.total_steps = min(self.schedules.total_steps, config.run.max_steps or 10**12)
         self.start_step = 0
@@ -62,6 +68,7 @@ class Run:
             self.start_step = found.step
             _log.info("going on from step %d of %s", found.step, found.path)
         self.records = Records(self.out, config, world, self.start_step, self.total_steps)
+        self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
 
@@ -72,13 +79,38 @@ class Run:
             self.world.device,
         )  # fmt: skip
 
+    @contextmanager
+    def profiling(self) -> Iterator[None]:
+        """Record the first steps where --profile asks for it."""
+        steps = self.config.run.profile
+        if not steps or not self.world.is_first:
+            yield
+            return
+        plan = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+        with torch.profiler.profile(schedule=plan, on_trace_ready=self._write_profile) as self._profiler:
+            yield
+
+    def _write_profile(self, profiler: torch.profiler.profile) -> None:
+        folder = self.out / "profile"
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        by = "self_device_time_total" if self.world.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=100, max_name_column_width=60)
+        (folder / "ops.txt").write_text(table, encoding="utf-8")
+        _log.info("profile: %s", folder)
+
     def after_step(
         self, step: int, report: StepReport, values: StepValues, batches: Sequence[Batch], waited: float
     ) -> None:
         """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
         run, done = self.config.run, step + 1
+        if self._profiler is not None:
+            self._profiler.step()
         self._count_bad(batches)
-        images = run.batch_size * run.accumulate * self.world.ranks
+        images = run.images * run.accumulate * self.world.ranks
+        if self._predicted_bytes is not None and step == self.start_step + 1:
+            peak = _peak_memory_bytes(self.world.device)
+            _log.info("peak memory %.2f GB, predicted %.2f GB", peak / 1e9, self._predicted_bytes / 1e9)
         epoch = done * images / len(self.dataset)
         self.records.step(done, epoch, report, values, images, waited, len(self._bad))
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
@@ -180,8 +212,8 @@ class Run:
         return statistics
 
     def _count_bad(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            for path, reason in batch.bad:
+        for one in batches:
+            for path, reason in one.bad:
                 if path not in self._bad:
                     self._bad[path] = reason
                     _log.warning("skipped %s: %s", printable(path), reason)

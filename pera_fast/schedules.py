@@ -31,7 +31,7 @@ class Schedules:
     @classmethod
     def of(cls, config: Config, images_per_epoch: int, ranks: int) -> Schedules:
         """Schedules for a run over `images_per_epoch` images on `ranks` ranks."""
-        whole_batch = config.run.batch_size * config.run.accumulate * ranks
+        whole_batch = config.run.images * config.run.accumulate * ranks
         per_epoch = images_per_epoch / whole_batch
         return cls(config, per_epoch, max(1, math.ceil(config.run.epochs * per_epoch)))
 

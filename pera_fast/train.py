@@ -54,13 +54,14 @@ def train(config: Config, on: World) -> None:
     run = Run(config, on)
     loader = run.loader()
     try:
-        for step in range(run.start_step, run.total_steps):
-            started = time.perf_counter()
-            batches = [next(loader) for _ in range(config.run.accumulate)]
-            waited = time.perf_counter() - started
-            values = run.schedules.at(step)
-            report = run.engine.step(step, batches, values)
-            run.after_step(step, report, values, batches, waited)
+        with run.profiling():
+            for step in range(run.start_step, run.total_steps):
+                started = time.perf_counter()
+                batches = [next(loader) for _ in range(run.config.run.accumulate)]
+                waited = time.perf_counter() - started
+                values = run.schedules.at(step)
+                report = run.engine.step(step, batches, values)
+                run.after_step(step, report, values, batches, waited)
     finally:
         run.records.close()
     run.finish()

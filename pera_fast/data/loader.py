@@ -206,7 +206,7 @@ class StreamSampler:
     """
 
     def __init__(self, config: Config, start_step: int, total_steps: int, rank: int, ranks: int) -> None:
-        self.batch_size, self.accumulate = config.run.batch_size, config.run.accumulate
+        self.batch_size, self.accumulate = config.run.images, config.run.accumulate
         self.steps, self.rank, self.ranks = range(start_step, total_steps), rank, ranks
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -35,6 +35,39 @@ class Patches(NamedTuple):
     teacher_rows: Tensor  # float [Σ n·(1 + T), C·p²], view 1
 
 
+def split_patches(patches: Patches, parts: int, num_global: int, num_local: int) -> list[Patches]:
+    """Equal parts of the images of a forward pass, each with all its crops."""
+    if parts == 1:
+        return [patches]
+    crops = [num_global, num_local][: len(patches.groups)]
+
+    def shared_out(x: Tensor, number: int) -> list[Tensor]:
+        """Of [number · images, …], each part's."""
+        pieces = x.unflatten(0, (number, -1)).chunk(parts, dim=1)
+        return [piece.flatten(0, 1) for piece in pieces]
+
+    def rows(x: Tensor, lengths: list[int]) -> list[Tensor]:
+        """The same of packed rows: `length` of them for each crop."""
+        counts = [len(g.student) * length for g, length in zip(patches.groups, lengths, strict=True)]
+        kinds = [
+            shared_out(part.unflatten(0, (-1, length)), number)
+            for part, length, number in zip(x.split(counts), lengths, crops, strict=True)
+        ]
+        return [torch.cat([piece.flatten(0, 1) for piece in kind]) for kind in zip(*kinds, strict=True)]
+
+    groups = [
+        [CropGroup(*sets) for sets in zip(*(shared_out(x, number) for x in g), strict=True)]
+        for g, number in zip(patches.groups, crops, strict=True)
+    ]
+    columns = (
+        [list(kinds) for kinds in zip(*groups, strict=True)],
+        rows(patches.student_rows, [1 + g.student.shape[1] for g in patches.groups]),
+        shared_out(patches.target_pixels, num_global),
+        rows(patches.teacher_rows, [1 + g.teacher.shape[1] for g in patches.groups]),
+    )
+    return [Patches(*part) for part in zip(*columns, strict=True)]
+
+
 class Losses(NamedTuple):
     """One forward pass. `total` is what is minimised; the rest is for the log."""
 

@@ -112,7 +112,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: ModelConfig, image_px: int) -> None:
         super().__init__()
         self.patch_px = config.patch_px
-        self.recompute = config.recompute
+        self.recompute = config.activation
         self.grid = image_px // config.patch_px
         dim = config.embed_dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))

@@ -1,0 +1,131 @@
+"""How many images a forward pass takes, and how many passes a step: from the options and the memory there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pera_fast.config import Config, ConfigError
+from pera_fast.distributed import World
+from pera_fast.engine import Engine
+from pera_fast.plan import GB, MARGIN, largest_batch, line_through, plan, synthetic_patches
+
+_log = logging.getLogger("pera_fast")
+_MOST_ON_CPU = 64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A batch size, and the peak that was foreseen for it."""
+
+    images: int
+    predicted_bytes: float
+
+
+def choose(engine: Engine, config: Config, world: World) -> tuple[Config, float | None]:
+    """The config with whole numbers for batch_size and accumulate, and the predicted peak where it was fitted.
+
+    Raises ConfigError when not even one image fits, or global_batch cannot be shared out.
+    """
+    run, accumulate, found = config.run, config.run.accumulate, None
+    if run.batch_size == "auto":
+        found = fit_on_gpu(engine, config, world) if world.device.type == "cuda" else fit_on_cpu(config)
+    most = run.images if found is None else found.images
+    if run.global_batch is not None:
+        most, accumulate = share_out(run.global_batch, world.ranks, most)
+    predicted = found.predicted_bytes if found is not None and found.images == most else None
+    _log.info(
+        "%d images a step (%d, ranks %d, forward passes %d); the learning rate is taken as it is given",
+        most * world.ranks * accumulate, most, world.ranks, accumulate,
+    )  # fmt: skip
+    return replace(
+        config, run=replace(run, batch_size=most, accumulate=accumulate, global_batch=None)
+    ), predicted
+
+
+def share_out(global_batch: int, ranks: int, most: int) -> tuple[int, int]:
+    """(images a forward pass, passes): as few passes as fit `most` images, all equal."""
+    if global_batch % ranks:
+        raise ConfigError(f"global_batch: expected a multiple of the {ranks} ranks, got {global_batch}")
+    per_rank = global_batch // ranks
+    passes = next(n for n in range(-(-per_rank // most), per_rank + 1) if per_rank % n == 0)
+    return per_rank // passes, passes
+
+
+def fit_on_cpu(config: Config) -> Fit:
+    """By the plan and the memory that is free, at most 64 images."""
+    found, available = plan(config), _available_bytes()
+    images = min(found.largest_batch(available), _MOST_ON_CPU)
+    _enough(images, found.bytes_at(1), available)
+    return Fit(images, found.bytes_at(images))
+
+
+def fit_on_gpu(engine: Engine, config: Config, world: World) -> Fit:
+    """By steps of a few images, measured; every rank takes what fits the fullest GPU."""
+    device = world.device
+
+    def measure(images: int) -> float:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        engine.probe(synthetic_patches(config, images, device))
+        return torch.cuda.max_memory_allocated(device)
+
+    engine.optimizer.allocate()
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = _least(world, free + torch.cuda.memory_reserved(device))
+    return fit(lambda images: _most(world, measure(images)), limit)
+
+
+def fit(measure: Callable[[int], float], limit_bytes: float) -> Fit:
+    """The largest batch whose peak, on the line through two small probes and a larger one, fits with a margin.
+
+    measure: most bytes at once in a step of so many images.
+    """
+    sizes = [4, 8]
+    peaks = [measure(n) for n in sizes]
+    first = largest_batch(*line_through(sizes, peaks), limit_bytes)
+    # Half way: what grows in jumps (kept logits, libraries' workspaces) has grown by then.
+    if (half := first // 16 * 8) > sizes[-1]:
+        sizes.append(half)
+        peaks.append(measure(half))
+    line = line_through(sizes[-2:], peaks[-2:])
+    images = largest_batch(*line, limit_bytes)
+    _enough(images, sum(line), limit_bytes)
+    predicted = line[0] + images * line[1]
+    _log.info(
+        "largest batch %d: %.2f GB predicted of %.2f GB, %.1f MB an image (probes: %s)",
+        images, predicted / GB, limit_bytes / GB, line[1] / 1e6,
+        ", ".join(f"{n} images {peak / GB:.2f} GB" for n, peak in zip(sizes, peaks, strict=True)),
+    )  # fmt: skip
+    return Fit(images, predicted)
+
+
+def _enough(images: int, needed: float, limit_bytes: float) -> None:
+    if images < 1:
+        raise ConfigError(
+            f"batch_size: expected memory for one image, {needed / (1 - MARGIN) / GB:.2f} GB, got "
+            f"{limit_bytes / GB:.2f} GB; --activation blocks needs less"
+        )
+
+
+def _least(world: World, value: float) -> float:
+    return -_most(world, -value)
+
+
+def _most(world: World, value: float) -> float:
+    """The largest of every rank's values."""
+    values = world.gather(torch.tensor(value, dtype=torch.float64, device=world.device))
+    return max(float(v) for v in values)
+
+
+def _available_bytes() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError(
+        "batch_size: expected a number on this system, got auto, and no /proc/meminfo to decide by"
+    )

@@ -1,0 +1,229 @@
+"""What a run will need: `python -m pera_fast.plan [--preset NAME] [--gpu-memory GB] [options of pera_fast.train]`.
+
+Memory is found by running one whole step on tensors without contents, which takes seconds and no memory; so it
+is that of this code as it is, on any machine. Work is counted by formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pera_fast import _cli
+from pera_fast.config import Config, ConfigError
+from pera_fast.model.pera import CropGroup, Patches, PerA, draw_subsets
+from pera_fast.model.shadow import give_shadows, shadows_of
+from pera_fast.optim import make
+
+GB = 10**9
+MARGIN = 0.06  # of the memory is left to the allocator's rounding and to libraries' workspaces
+MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank, FLOP of one image (a multiply and an add are two)."""
+
+    trained_parameters: int
+    fixed_bytes: (
+        int  # weights, teacher, moments, gradients, bfloat16 copies, and what the loss holds at any batch
+    )
+    bytes_per_image: int
+    flop_per_image: int
+
+    def bytes_at(self, images: int) -> int:
+        """Most bytes at once in a step with this many images."""
+        return self.fixed_bytes + images * self.bytes_per_image
+
+    def largest_batch(self, memory_bytes: float) -> int:
+        return largest_batch(self.fixed_bytes, self.bytes_per_image, memory_bytes)
+
+
+def largest_batch(fixed: float, per_image: float, memory_bytes: float) -> int:
+    """Most images, in multiples of 8 where there are as many, that fit with a margin; 0 where none does."""
+    fitting = int((memory_bytes * (1 - MARGIN) - fixed) / per_image)
+    return max(0, fitting // MULTIPLE * MULTIPLE if fitting >= MULTIPLE else fitting)
+
+
+def line_through(images: Sequence[int], peaks: Sequence[float]) -> tuple[float, float]:
+    """(fixed, per image) of the straight line with the least squared distance from measured peaks."""
+    mean_x, mean_y = sum(images) / len(images), sum(peaks) / len(peaks)
+    spread = sum((x - mean_x) ** 2 for x in images)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(images, peaks, strict=True)) / spread
+    return mean_y - slope * mean_x, slope
+
+
+def plan(config: Config) -> Plan:
+    """Run steps without contents at two batch sizes; the rest is a straight line."""
+    small, large = 8, 16
+    peaks = [peak_bytes(config, images) for images in (small, large)]
+    fixed, per_image = line_through((small, large), peaks)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for _, p, _ in PerA(config).ema_pairs())
+    return Plan(parameters, round(fixed), round(per_image), flop_per_image(config))
+
+
+def peak_bytes(config: Config, images: int) -> int:
+    """Most bytes that the tensors of one rank's step hold at once."""
+    with torch.device("meta"):  # where initialising costs nothing
+        model = PerA(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), _Tracker() as tracker:
+        _step(model.to_empty(device="cpu"), config, images)
+    return tracker.peak
+
+
+def _step(model: PerA, config: Config, images: int) -> None:
+    """One step as the engine takes it, from patches on."""
+    optim, bfloat16 = config.optim, config.run.precision == "bf16"
+    if bfloat16:
+        give_shadows(model)
+    optimizer = make(
+        "adamw_ema", model.ema_pairs(), betas=optim.betas, eps=optim.eps, clip_norm=optim.clip_norm,
+        decay_all=optim.decay_all, shadows=shadows_of(model),
+    )  # fmt: skip
+    patches = synthetic_patches(config, images, torch.device("cpu"))
+    optimizer.allocate()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        subsets = draw_subsets(patches.groups, config.model.drop_path, config.model.depth, (0,))
+        losses = model(patches, subsets, 0.04)
+    losses.total.backward()
+    optimizer.step()
+
+
+def synthetic_patches(config: Config, images: int, device: torch.device) -> Patches:
+    """The input of a forward pass with zeros for pixels."""
+    crops, patch_px = config.crops, config.model.patch_px
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    groups, rows = [], [0, 0]
+    for first, (number, px) in enumerate(
+        ((crops.num_global, crops.global_px), (crops.num_local, crops.local_px))
+    ):
+        if number == 0:
+            continue
+        n, (student, target, teacher) = number * images, crops.mask_counts((px // patch_px) ** 2)
+        sets = (student, target if first == 0 else 0, teacher)
+        groups.append(CropGroup(*(torch.zeros(n, count, dtype=torch.int64, device=device) for count in sets)))
+        rows = [rows[0] + n * (1 + student), rows[1] + n * (1 + teacher)]
+    size = config.model.in_bands * patch_px**2
+    shapes = ((rows[0], size), (*groups[0].target.shape, size), (rows[1], size))
+    return Patches(groups, *(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts the bytes of every storage from the operation that makes it to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= nbytes
+
+
+def flop_per_image(config: Config) -> int:
+    """Products of one image's forward and backward pass: tokens through the blocks, attention, heads, loss."""
+    model, crops = config.model, config.crops
+    dim, hidden = model.embed_dim, int(model.embed_dim * model.mlp_ratio)
+    per_token = 2 * dim * (4 * dim + 2 * hidden)  # qkv, proj, fc1, fc2
+    pixels = model.in_bands * model.patch_px**2
+    kept = 1 - model.drop_path
+
+    def blocks(groups: list[tuple[int, int]], number: int) -> float:
+        """(sequences, length) through `number` blocks, forward."""
+        return number * sum(n * (length * per_token + 4 * length**2 * dim) for n, length in groups)
+
+    student, teacher, targets, patches = [], [], 0, [0, 0]
+    for i, (number, px) in enumerate(
+        ((crops.num_global, crops.global_px), (crops.num_local, crops.local_px))
+    ):
+        if number == 0:
+            continue
+        counts = crops.mask_counts((px // model.patch_px) ** 2)
+        student.append((number, 1 + counts[0]))
+        teacher.append((number, 1 + counts[2]))
+        patches = [patches[0] + number * counts[0], patches[1] + number * counts[2]]
+        targets += number * counts[1] * (i == 0)
+    half = model.depth // 2
+    with_targets = [(student[0][0], student[0][1] + targets // crops.num_global), *student[1:]]
+    student_blocks = kept * (blocks(student, half) + blocks(with_targets, model.depth - half))
+    widths = [dim, *[model.head_hidden_dim] * (model.head_layers - 1), model.head_bottleneck_dim]
+    head = 2 * sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+    rows = crops.num_global + crops.num_local
+    prototypes = 2 * model.head_bottleneck_dim * model.num_prototypes
+    student_side = (
+        student_blocks
+        + rows * (head + prototypes)
+        + targets * (head + 2 * model.head_bottleneck_dim * pixels)
+    )
+    embedding = [2 * count * pixels * dim for count in patches]
+    teacher_side = blocks(teacher, model.depth) + embedding[1] + rows * (head + prototypes)
+    # Backward twice the forward pass; no gradient goes to the pixels.
+    return round(3 * student_side + 2 * embedding[0] + teacher_side)
+
+
+def _options(arguments: list[str]) -> tuple[float | None, bool, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu-memory", type=float)
+    parser.add_argument("--json", action="store_true")
+    known, rest = parser.parse_known_args(arguments)
+    if known.gpu_memory is not None and not known.gpu_memory > 0:
+        raise ConfigError(f"gpu-memory: expected gigabytes above 0, got {known.gpu_memory:g}")
+    return known.gpu_memory, known.json, rest
+
+
+def main() -> None:
+    from pera_fast.train import parse
+
+    memory, as_json, rest = _options(sys.argv[1:])
+    config = parse(rest)
+    found = plan(config)
+    facts: dict[str, Any] = asdict(found)
+    if memory is not None:
+        facts["gpu_memory"] = memory * GB
+        facts["largest_batch"] = batch = found.largest_batch(memory * GB)
+        facts["bytes_at_largest_batch"] = found.bytes_at(batch)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    print(f"trained parameters   {found.trained_parameters / 1e6:,.1f} M")
+    print(f"fixed memory         {found.fixed_bytes / GB:,.2f} GB")
+    print(f"memory per image     {found.bytes_per_image / 1e6:,.1f} MB")
+    print(f"work per image       {found.flop_per_image / GB:,.0f} GFLOP")
+    if memory is not None:
+        needed = found.bytes_at(max(1, batch)) / GB
+        text = f"{batch} images, {needed:,.1f} GB" if batch else f"none: one image needs {needed:,.2f} GB"
+        print(f"largest batch        {text} of {memory:g} GB")
+
+
+if __name__ == "__main__":
+    _cli.run(main)

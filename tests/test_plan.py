@@ -1,0 +1,130 @@
+"""plan: foreseen memory against a real process's, work against counted operations, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_module, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from pera_fast.config import PRESETS, Config, CropConfig
+from pera_fast.model.pera import PerA, draw_subsets
+from pera_fast.plan import Plan, flop_per_image, largest_batch, line_through, plan, synthetic_patches
+
+CPU = torch.device("cpu")
+
+
+def small(precision: str, activation: str = "none") -> Config:
+    base = PRESETS["vit_ti"]
+    return replace(
+        base,
+        model=replace(base.model, depth=6, num_prototypes=16384, activation=activation),
+        run=replace(base.run, precision=precision, device="cpu"),
+    )
+
+
+PROBE = """
+import resource, sys
+import torch
+from test_plan import CPU, small
+from pera_fast.distributed import World
+from pera_fast.data.statistics import Statistics
+from pera_fast.engine import Engine
+from pera_fast.plan import synthetic_patches
+config = small(*sys.argv[1:3])
+images = int(sys.argv[3])
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+zero = (0.0,) * 3
+statistics = Statistics({"uint8": zero}, {"uint8": (255.0,) * 3}, zero, (1.0,) * 3, num_windows=1, num_pixels=1)
+engine = Engine(config, statistics, World(0, 1, CPU))
+patches = synthetic_patches(config, images, CPU)
+engine.optimizer.allocate()
+engine.probe(patches)
+engine.probe(patches)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "activation", "images"),
+    [("fp32", "none", 8), ("bf16", "norms", 12), ("fp32", "blocks", 20)],
+)
+def test_peak_memory_of_a_process_is_foreseen_to_a_tenth(
+    precision: str, activation: str, images: int
+) -> None:
+    """With a malloc that gives memory back as it is freed; the default one's heap keeps some of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, precision, activation, str(images)], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, peak = map(int, done.stdout.split())
+    predicted = before + plan(small(precision, activation)).bytes_at(images)
+    assert predicted == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_work_is_what_the_operations_add_up_to(
+    drop_path: float, num_local: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the reference ops, which are PyTorch's own, but for the zero rows of CLS tokens, many in so small crops."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", "reference")
+    base = tiny_config()
+    config = replace(
+        base, crops=CropConfig(global_px=40, local_px=24, num_local=num_local),
+        model=replace(base.model, drop_path=drop_path), optim=replace(base.optim, koleo_weight=0.0),
+    )  # fmt: skip
+    images = 2
+    model, patches = PerA(config), synthetic_patches(config, images, CPU)
+    subsets = draw_subsets(patches.groups, drop_path, config.model.depth, (0,))
+    monkeypatch.setattr(
+        "pera_fast.ops.koleo", lambda z, v, g: (z.new_zeros(2), torch.zeros(2, dtype=torch.int64))
+    )
+    with FlopCounterMode(display=False) as counter:
+        model(patches, subsets, 0.04).total.backward()
+    assert flop_per_image(config) == pytest.approx(counter.get_total_flops() / images, rel=0.05)
+
+
+def test_work_of_the_papers_models() -> None:
+    """Counted for the authors' implementation: 431 and 2414 GFLOP an image."""
+    assert flop_per_image(PRESETS["vit_b"]) == pytest.approx(431e9, rel=0.01)
+    assert flop_per_image(PRESETS["vit_g_1024"]) == pytest.approx(2414e9, rel=0.01)
+
+
+def test_recomputing_less_memory_per_image() -> None:
+    found = [plan(small("bf16", activation)).bytes_per_image for activation in ("none", "norms", "blocks")]
+    assert found[0] > 1.2 * found[1] > 1.2 * 1.2 * found[2]
+
+
+def test_lines_and_largest_batches() -> None:
+    assert line_through([4, 8], [14.0, 18.0]) == pytest.approx((10.0, 1.0))
+    assert line_through([0, 1, 2], [1.0, 1.0, 4.0]) == pytest.approx((0.5, 1.5))
+    assert largest_batch(10.0, 1.0, 100.0) == 80  # 84 would fit
+    assert largest_batch(10.0, 10.0, 100.0) == 8 and largest_batch(10.0, 12.0, 100.0) == 7
+    assert largest_batch(10.0, 1.0, 5.0) == 0
+    found = Plan(1, fixed_bytes=10, bytes_per_image=2, flop_per_image=1)
+    assert found.bytes_at(3) == 16 and found.largest_batch(100) == 40
+
+
+def test_command() -> None:
+    arguments = ("pera_fast.plan", "--preset", "vit_ti", "--num-prototypes", 1024)
+    done = run_module(*arguments, "--gpu-memory", 24)
+    assert done.returncode == 0, done.stderr
+    assert "memory per image" in done.stdout and "GFLOP" in done.stdout and " of 24 GB" in done.stdout
+    facts = json.loads(run_module(*arguments, "--gpu-memory", 24, "--json").stdout)
+    assert facts["bytes_at_largest_batch"] <= 24e9 and facts["largest_batch"] % 8 == 0
+    assert facts["bytes_at_largest_batch"] + 8 * facts["bytes_per_image"] > 0.94 * 24e9
+    done = run_module(*arguments, "--gpu-memory", 0.1)
+    assert done.returncode == 0 and "none: one image needs" in done.stdout
+    done = run_module(*arguments, "--gpu-memory", -1)
+    assert done.returncode == 2 and done.stderr == "error: gpu-memory: expected gigabytes above 0, got -1\n"
+    done = run_module(*arguments, "--activation", "everything")
+    assert done.returncode == 2 and "activation" in done.stderr

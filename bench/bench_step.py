@@ -50,9 +50,9 @@ def bench_step(benchmark, precision: str) -> None:
         ]
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = eager_step.step(twin, config, views, indices, VALUES.teacher_temperature)
+            loss, t_logits = eager_step.step(twin, config, views, indices, VALUES.teacher_temperature)
         loss.backward()
-        eager_step.update(twin, optimizer, config.optim.clip_norm, VALUES.momentum)
+        eager_step.update(twin, config, optimizer, VALUES.momentum, t_logits)
         return loss.detach()
 
     # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.

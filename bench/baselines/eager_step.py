@@ -55,12 +55,13 @@ def run_block(block: Block, x: Tensor, drop_path: float) -> Tensor:
 
 def step(
     model: PerA, config: Config, views: Views, chosen: list[tuple[Tensor, Tensor, Tensor]], tau_teacher: float
-) -> Tensor:
-    """Loss of one batch. chosen: (student, target, teacher) patch indices of each crop size."""
+) -> tuple[Tensor, Tensor]:
+    """Loss of one batch and the teacher's logits. chosen: (student, target, teacher) patches of each crop size."""
     normed, taught = backbones(model, config, views, chosen)
     t_logits = torch.cat([head_logits(model.teacher.cls_head, x[:, 0]) for x in taught])
     s_logits = torch.cat([head_logits(model.student.cls_head, x[:, 0]) for x in normed])
-    return loss(model, config, views, chosen, s_logits, t_logits.detach(), normed[0], tau_teacher)
+    t_logits = t_logits.detach()
+    return loss(model, config, views, chosen, s_logits, t_logits, normed[0], tau_teacher), t_logits
 
 
 def backbones(
@@ -123,10 +124,15 @@ def loss(
     return distill + optim.koleo_weight * spread + optim.pixel_weight * pixel
 
 
-def update(model: PerA, optimizer: torch.optim.AdamW, clip_norm: float, momentum: float) -> None:
-    """Clip, AdamW, then the teacher parameter by parameter."""
+def update(
+    model: PerA, config: Config, optimizer: torch.optim.AdamW, momentum: float, t_logits: Tensor
+) -> None:
+    """Clip, AdamW, then the teacher parameter by parameter, and the centre."""
+    clip_norm = config.optim.clip_norm
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip_norm)
     optimizer.step()
     with torch.no_grad():
         for ours, theirs in zip(model.student.parameters(), model.teacher.parameters(), strict=True):
             theirs.mul_(momentum).add_(ours.detach(), alpha=1 - momentum)
+        mean = t_logits.float().mean(0)
+        model.centre.mul_(config.optim.centre_momentum).add_(mean, alpha=1 - config.optim.centre_momentum)

@@ -170,6 +170,9 @@ class DataConfig:
 
     data: str | None = None
     """Folder of JPEG, PNG, TIFF or GeoTIFF images, searched at any depth (default: the demo scenes)."""
+    index: str | None = None
+    """Folder that keeps what the files' headers say: made at the first start, read at later ones in their
+    place. Delete it when files come or go (default: every start reads the headers)."""
     bands: tuple[int, ...] | None = None
     """Bands to read, counted from 1 (default: the first in_bands)."""
     stats: str | None = None
@@ -274,6 +277,8 @@ class RunConfig:
     global_batch: int | None = None
     """Images per optimiser step over all ranks; accumulate follows from it and batch_size."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    reduce_in: Literal["fp32", "bf16"] = "fp32"
+    """What ranks sum their gradients in, bucket by bucket while the backward pass goes on; bf16 sends half."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     max_skipped: int = 10

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pera_fast import ops
@@ -32,6 +33,11 @@ from pera_fast.optim import TeacherOptimizer, make
 from pera_fast.schedules import StepValues
 
 _log = logging.getLogger("pera_fast")
+
+
+def _sum_in_bfloat16(group, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, which are text here
+    """torch's hook under a name that DDP does not refuse where gloo is the backend, which can do it, too."""
+    return bf16_compress_hook(group, bucket)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class Engine:
         )  # fmt: skip
         self._forward: PerA | DistributedDataParallel = self.model
         if self.world.ranks > 1:
-            self._forward = DistributedDataParallel(self.model)
+            self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            if self.config.run.reduce_in == "bf16":
+                self._forward.register_comm_hook(None, _sum_in_bfloat16)
         self._passes_per_batch = 1
         data, device = self.config.data, self.world.device
         self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)

@@ -25,8 +25,9 @@ import pera_fast
 from pera_fast import _cli, reference
 from pera_fast.checkpoint import Checkpoint
 from pera_fast.config import PRESETS, Config
+from pera_fast.data.index import scan_or_open, window_counts
 from pera_fast.data.loader import Sample, WindowDataset
-from pera_fast.data.sources import DataError, Scene, SceneIndex, UnreadableImage, printable, read_window, scan
+from pera_fast.data.sources import DataError, Scene, SceneIndex, UnreadableImage, printable, read_window
 from pera_fast.data.statistics import Statistics
 from pera_fast.features import normalise, resize, to_unit
 from pera_fast.model.vit import VisionTransformer
@@ -242,7 +243,7 @@ def _progress_rows(
     epoch = last.get("epoch")
     if _is_number(epoch) and images:
         window_px = config.data.window_px
-        per_epoch = sum(math.ceil(s.height / window_px) * math.ceil(s.width / window_px) for s in scenes)
+        per_epoch = int(window_counts(scenes, window_px).sum())
         images *= max(1, round(epoch * per_epoch / images))  # the number of ranks is in no setting
     yield "Steps", f"{step:,}" + (f" ({epoch:.4g} epochs)" if _is_number(epoch) else "")
     yield "Image windows seen", f"{images:,}"
@@ -346,7 +347,7 @@ def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) 
 
 def _choose_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) -> tuple[Sample, int, int]:
     """A sample of the first step, one of its global crops, and that crop's index in the whole batch."""
-    dataset = WindowDataset(SceneIndex(list(scenes), []), statistics, config)
+    dataset = WindowDataset(SceneIndex(scenes, []), statistics, config)
     num_global, crops_per_image = config.crops.num_global, config.crops.num_global + config.crops.num_local
     for position in range(min(config.run.images, 8)):
         sample = dataset[position]
@@ -541,7 +542,8 @@ def main() -> None:
     opened = Checkpoint.open(arguments.run)
     in_run = opened.path.parent.name == "checkpoints"
     data = opened.config.data
-    index = scan(data.data or Path(pera_fast.__file__).parent / "demo", data.max_bad_share)
+    root = data.data or Path(pera_fast.__file__).parent / "demo"
+    index = scan_or_open(root, data.index, data.max_bad_share)
     path = write_report(
         opened.path.parent.parent if in_run else Path(arguments.run), backbone=opened.teacher(),
         config=opened.config, statistics=opened.statistics, scenes=index.scenes,

@@ -21,8 +21,9 @@ from tqdm import tqdm
 import pera_fast
 from pera_fast import batch, checkpoint
 from pera_fast.config import Config, ConfigError, save_yaml, to_dict
+from pera_fast.data.index import scan_or_open
 from pera_fast.data.loader import Batch, WindowDataset, make_loader
-from pera_fast.data.sources import DataError, SceneIndex, printable, scan
+from pera_fast.data.sources import DataError, SceneIndex, printable
 from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.distributed import World
 from pera_fast.engine import Engine, StepReport
@@ -50,7 +51,7 @@ class Run:
             _check_out(self.out)
         self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
-        self.index: SceneIndex = scan(config.data.data or DEMO_SCENES, config.data.max_bad_share)
+        self.index = self._index()
         self.statistics = found.statistics if found else self._statistics()
         if self._eval_tiles:
             check_tiles(*self._eval_tiles, self.statistics)
@@ -159,6 +160,23 @@ class Run:
             teacher = self.engine.model.teacher.backbone
             result = knn(teacher, self.config, self.statistics, *self._eval_tiles, device=self.world.device)
             self.records.value(step, "knn_top1", result["top1"])
+
+    def _index(self) -> SceneIndex:
+        """What the images' headers say; with --index one rank reads them, or none where it is there already."""
+        data = self.config.data
+        root = data.data or DEMO_SCENES
+        if data.index is not None:  # the others wait for it
+            failed = self.world.share(self._index_or_error(root) if self.world.is_first else None)
+            if failed:
+                raise DataError(failed)
+        return scan_or_open(root, data.index, data.max_bad_share)
+
+    def _index_or_error(self, root: str | Path) -> str | None:
+        try:
+            scan_or_open(root, self.config.data.index, self.config.data.max_bad_share)
+        except (DataError, OSError) as error:
+            return str(error)
+        return None
 
     def _class_folders(self) -> tuple[list[Tile], list[Tile]] | None:
         run = self.config.run

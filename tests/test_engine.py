@@ -21,6 +21,7 @@ from pera_fast.data.sources import scan
 from pera_fast.data.statistics import compute_statistics
 from pera_fast.distributed import World, world
 from pera_fast.engine import Engine, StepReport
+from pera_fast.plan import synthetic_patches
 from pera_fast.schedules import Schedules
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -126,6 +127,29 @@ def test_sinkhorn_centring_replaces_the_moving_average(image_folder: Path) -> No
     assert after[0] == after[1]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_reads_values_back_once(
+    image_folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patches, forward, backward, update, centre: a GPU is waited for where the report is made, and nowhere else."""
+    config = tiny_config(precision=precision)
+    config = replace(config, model=replace(config.model, drop_path=0.5))
+    engine, _ = run(image_folder, config, 1)
+    patches = synthetic_patches(config, 4, torch.device("cpu"))
+    monkeypatch.setattr(engine, "patches", lambda *_: patches)  # the CPU's check of the tables reads them
+    values, batch, reads = Schedules.of(config, 12, 1).at(1), [None] * 4, []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        plain = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *arguments: Any, plain: Any = plain, name: str = name) -> Any:
+            reads.append(name)
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    assert not engine.step(1, [batch], values).skipped  # type: ignore[list-item]
+    assert reads == ["tolist"]
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(
     image_folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
@@ -144,26 +168,29 @@ def test_a_step_that_is_not_finite_changes_nothing(
         assert torch.equal(value.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
 
 
-def _two_ranks(folder: str, out: str) -> None:
+def _two_ranks(folder: str, out: str, reduce_in: str) -> None:
     """Body of one rank: three steps, then rank 0 saves its state."""
     with world("cpu") as on:
-        _train_and_save(folder, out, on)
+        _train_and_save(folder, out, on, reduce_in)
 
 
-def _train_and_save(folder: str, out: str, on: World) -> None:
-    engine, reports = run(Path(folder), tiny_config(batch_size=4), 3, on=on)
+def _train_and_save(folder: str, out: str, on: World, reduce_in: str) -> None:
+    engine, reports = run(Path(folder), tiny_config(batch_size=4, reduce_in=reduce_in), 3, on=on)
     if on.is_first:
         torch.save({"state": state(engine), "losses": [r.losses for r in reports]}, out)
 
 
-def test_two_ranks_equal_one_with_the_doubled_batch(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reduce_in", ["fp32", "bf16"])
+def test_two_ranks_equal_one_with_the_doubled_batch(
+    image_folder: Path, tmp_path: Path, reduce_in: str
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     out = tmp_path / "two.pt"
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(image_folder), str(out)],
+            [sys.executable, __file__, str(image_folder), str(out), reduce_in],
             env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_PORT": port,
                  "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
         )
@@ -172,9 +199,12 @@ def test_two_ranks_equal_one_with_the_doubled_batch(image_folder: Path, tmp_path
     assert [r.wait(timeout=120) for r in ranks] == [0, 0]
     two: dict[str, Any] = torch.load(out, weights_only=True)
     one, reports = run(image_folder, tiny_config(batch_size=8), 3)
-    assert_near(two["state"], state(one), 1e-5)
+    # A gradient rounded to bfloat16 may turn a small one's sign, and with it Adam's first steps.
+    assert_near(two["state"], state(one), 1e-5 if reduce_in == "fp32" else 5e-3)
     for got, report in zip(two["losses"], reports, strict=True):
-        assert got == pytest.approx(report.losses, rel=1e-5)
+        assert got == pytest.approx(report.losses, rel=1e-5 if reduce_in == "fp32" else 1e-2)
+    same = all(torch.equal(two["state"][k], v) for k, v in state(one).items())
+    assert not (same and reduce_in == "bf16"), "the option does nothing"
 
 
 if __name__ == "__main__":

@@ -92,13 +92,22 @@ template <class Teacher, class Param>
 inline void ema(const EmaTensor& t, float rate, int64_t begin, int64_t end) {
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = end - start < kBlock ? end - start : kBlock;
-    const typename Param::Type* param = static_cast<const typename Param::Type*>(t.param) + start;
-    float wide[kBlock];
+    const typename Param::Type* __restrict param = static_cast<const typename Param::Type*>(t.param) + start;
+    typename Teacher::Type* __restrict teacher = static_cast<typename Teacher::Type*>(t.teacher) + start;
+    if (t.shadow == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) wide[i] = Param::to(param[i]);
-    ema_block<Teacher>(
-        wide, static_cast<typename Teacher::Type*>(t.teacher) + start,
-        t.shadow == nullptr ? nullptr : t.shadow + start, rate, count);
+      for (int64_t i = 0; i < count; ++i) {
+        teacher[i] = Teacher::from(moved_towards(Teacher::to(teacher[i]), Param::to(param[i]), rate));
+      }
+      continue;
+    }
+    float moved[kBlock];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      moved[i] = moved_towards(Teacher::to(teacher[i]), Param::to(param[i]), rate);
+      teacher[i] = Teacher::from(moved[i]);
+    }
+    copy_low(moved, t.shadow + start, count);
   }
   publish();
 }

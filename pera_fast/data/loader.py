@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pera_fast.config import Config
 from pera_fast.data.crops import draw_crops
+from pera_fast.data.index import dtype_codes, window_counts
 from pera_fast.data.sources import DataError, Scene, SceneIndex, UnreadableImage, printable, read_windows
 from pera_fast.data.statistics import Statistics
 from pera_fast.reference import PIXEL_DTYPES, CropTable, SourceImages
@@ -92,10 +93,8 @@ class WindowDataset(Dataset[Sample]):
 
     def __init__(self, index: SceneIndex, statistics: Statistics, config: Config) -> None:
         self.scenes, self.statistics, self.config = index.scenes, statistics, config
-        window_px = config.data.window_px
-        repeats = [math.ceil(s.height / window_px) * math.ceil(s.width / window_px) for s in self.scenes]
-        self.ends = np.cumsum(repeats)
-        for dtype in sorted({s.dtype for s in self.scenes}):
+        self.ends = np.cumsum(window_counts(self.scenes, config.data.window_px))
+        for dtype in sorted(dtype_codes(self.scenes)[0]):
             statistics.scale_of(dtype)  # a DataError now rather than in a worker later
         self._order: tuple[int, np.ndarray] | None = None
 

@@ -92,7 +92,7 @@ class Scene:
 class SceneIndex:
     """The readable `scenes` of a folder in path order, and (path, reason) of each `bad` file."""
 
-    scenes: list[Scene]
+    scenes: Sequence[Scene]
     bad: list[tuple[str, str]]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pera_fast.data.index import dtype_codes
 from pera_fast.data.sources import DataError, Scene, UnreadableImage, printable, read_windows
 
 LOG = logging.getLogger("pera_fast")
@@ -146,13 +147,12 @@ def plan_windows(
 
 def _draw_scenes(scenes: Sequence[Scene], count: int, rng: np.random.Generator) -> list[Scene]:
     """`count` of the scenes at random, in their order, a few of each dtype: a rare one needs a scale too."""
-    order = rng.permutation(len(scenes)).tolist()
-    dtypes = sorted({scene.dtype for scene in scenes})
-    quota = min(_SCENES_PER_DTYPE, count // len(dtypes))
-    sure = [index for dtype in dtypes for index in [i for i in order if scenes[i].dtype == dtype][:quota]]
-    taken = set(sure)
-    rest = [index for index in order if index not in taken]
-    return [scenes[index] for index in sorted((sure + rest)[:count])]
+    order = rng.permutation(len(scenes))
+    names, codes = dtype_codes(scenes)
+    quota = min(_SCENES_PER_DTYPE, count // len(names))
+    sure = np.concatenate([order[codes[order] == names.index(name)][:quota] for name in sorted(names)])
+    rest = order[~np.isin(order, sure)]
+    return [scenes[int(index)] for index in sorted(np.concatenate((sure, rest))[:count])]
 
 
 def _cell_window(scene: Scene, grid: tuple[int, int], cell: int) -> tuple[int, int, int, int]:

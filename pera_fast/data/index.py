@@ -1,0 +1,161 @@
+"""A scanned folder as columns on disk: millions of scenes, opened at once and shared between processes.
+
+    index/
+        index.json    format, root, the dtypes and nodata values that rows refer to, unreadable files
+        rows.bin      one row per scene, in path order
+        text.bin      the paths below root, one after the other, as bytes
+
+Rows and text are mapped into memory, so processes of a machine share what they read of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from pera_fast.data.sources import DataError, Scene, SceneIndex, printable, scan
+
+_FORMAT = 1
+_ROW = np.dtype(
+    [("end", "u8"), ("height", "u4"), ("width", "u4"), ("num_bands", "u2"), ("dtype", "u1"), ("nodata", "u2")]
+)
+
+
+class SceneTable(Sequence[Scene]):
+    """The scenes of an index, made when they are asked for. Raises DataError when it cannot be used."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self._facts: dict[str, Any] = json.loads((self.folder / "index.json").read_text())
+            self._rows = np.memmap(self.folder / "rows.bin", _ROW, "r")
+            self._text = np.memmap(self.folder / "text.bin", np.uint8, "r")
+            is_whole = self._facts["format"] == _FORMAT and int(self._rows[-1]["end"]) == len(self._text)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"index: {printable(self.folder)} cannot be read: {error}") from None
+        if not is_whole:
+            raise DataError(
+                f"index: expected format {_FORMAT}, whole, got another in {printable(self.folder)}"
+            )
+        self.root = os.fsdecode(bytes.fromhex(self._facts["root"]))
+        self.bad = [(os.fsdecode(bytes.fromhex(path)), reason) for path, reason in self._facts["bad"]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SceneTable, (self.folder,)  # another process maps the files, too
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Scene: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Scene]: ...
+    def __getitem__(self, place: int | slice) -> Scene | list[Scene]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]  # counts from the end, or an IndexError
+        row = self._rows[place]
+        start = int(self._rows[place - 1]["end"]) if place else 0
+        name = os.fsdecode(self._text[start : int(row["end"])].tobytes())
+        return Scene(
+            path=os.path.join(self.root, name) if name else self.root,
+            height=int(row["height"]),
+            width=int(row["width"]),
+            num_bands=int(row["num_bands"]),
+            dtype=self._facts["dtypes"][row["dtype"]],
+            nodata=self._facts["nodata"][row["nodata"]],
+        )
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Of the scenes, each once; the column "dtype" counts in them."""
+        return list(self._facts["dtypes"])
+
+    def column(self, name: str) -> np.ndarray:
+        """height, width, num_bands or dtype of every scene."""
+        return self._rows[name]
+
+
+def window_counts(scenes: Sequence[Scene], window_px: int) -> np.ndarray:
+    """How many windows fit each scene, partly filled ones included, int64 [scenes]."""
+    if isinstance(scenes, SceneTable):
+        height, width = (scenes.column(name).astype(np.int64) for name in ("height", "width"))
+    else:
+        height, width = (
+            np.array([getattr(s, name) for s in scenes], np.int64) for name in ("height", "width")
+        )
+    return -(-height // window_px) * -(-width // window_px)
+
+
+def dtype_codes(scenes: Sequence[Scene]) -> tuple[list[str], np.ndarray]:
+    """(dtypes, each once; every scene's place among them)."""
+    if isinstance(scenes, SceneTable):
+        return scenes.dtypes, scenes.column("dtype")
+    names = sorted({s.dtype for s in scenes})
+    return names, np.array([names.index(s.dtype) for s in scenes])
+
+
+def write(
+    folder: str | os.PathLike[str], root: str, scenes: Iterable[Scene], bad: Sequence[tuple[str, str]]
+) -> None:
+    """Write an index, whole or not at all. scenes: in path order, below root."""
+    target = Path(folder)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtypes: dict[str, int] = {}
+    nodata: dict[Any, int] = {}
+    end = 0
+    try:
+        with (partial / "rows.bin").open("wb") as rows, (partial / "text.bin").open("wb") as text:
+            for scene in scenes:
+                end += text.write(
+                    b"" if scene.path == root else os.fsencode(os.path.relpath(scene.path, root))
+                )
+                row = (
+                    end, scene.height, scene.width, scene.num_bands, dtypes.setdefault(scene.dtype, len(dtypes)),
+                    nodata.setdefault(repr(scene.nodata), len(nodata)),
+                )  # fmt: skip
+                rows.write(np.array(row, _ROW).tobytes())
+        facts = {
+            "format": _FORMAT,
+            "root": os.fsencode(root).hex(),
+            "dtypes": list(dtypes),
+            # By its text, since one NaN does not equal another.
+            "nodata": [None if text == "None" else float(text) for text in nodata],
+            "bad": [(os.fsencode(path).hex(), reason) for path, reason in bad],
+        }
+        (partial / "index.json").write_text(json.dumps(facts))
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def scan_or_open(
+    root: str | os.PathLike[str], index: str | os.PathLike[str] | None, max_bad_share: float
+) -> SceneIndex:
+    """The scenes below root, from `index` if it is there; where it is not yet, they are scanned and it is written.
+
+    An index is taken as it is: files that came or went since are not looked for. Raises DataError as `scan` does,
+    and for an index that cannot be read or is of another folder.
+    """
+    if index is None:
+        return scan(root, max_bad_share)
+    if not Path(index).exists():
+        found = scan(root, max_bad_share)
+        write(index, os.fspath(root), found.scenes, found.bad)
+    table = SceneTable(index)
+    if os.path.realpath(table.root) != os.path.realpath(root):
+        raise DataError(
+            f"index: expected one of {printable(root)}, got one of {printable(table.root)} in {printable(index)}"
+        )
+    return SceneIndex(table, table.bad)

@@ -25,7 +25,7 @@ def whole_views(patches: Patches, size: int, crop_px: int) -> list[Tensor]:
         counts = [(len(s), 1 + s.shape[1]) for s in sets]
         part = rows.split([n * count for n, count in counts])[size].view(*counts[size], -1)[:, 1:].float()
         grid, n = crop_px // 16, len(part)
-        every = torch.zeros(n, grid**2, part.shape[2]).scatter_(
+        every = part.new_zeros(n, grid**2, part.shape[2]).scatter_(
             1, sets[size][:, :, None].expand_as(part), part
         )
         tiles = every.view(n, grid, grid, -1, 16, 16).permute(0, 3, 1, 4, 2, 5)

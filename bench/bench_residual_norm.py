@@ -43,7 +43,10 @@ def chain(
     [
         (32, 158, 384, "cpu"),
         (8, 315, 384, "cpu"),
+        (32, 315, 384, "cpu"),
+        (128, 315, 384, "cpu"),
         (8, 315, 768, "cpu"),
+        (8, 315, 1024, "cpu"),
         pytest.param(128, 158, 768, "cuda", marks=needs_gpu),
         pytest.param(128, 315, 768, "cuda", marks=needs_gpu),
     ],

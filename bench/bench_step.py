@@ -1,4 +1,6 @@
-"""The whole training step, patches to update, against the authors' data flow in eager PyTorch."""
+"""The whole training step against the authors' data flow in eager PyTorch, with and without their augmentation."""
+
+from __future__ import annotations
 
 import copy
 from dataclasses import replace
@@ -7,25 +9,58 @@ import pytest
 import torch
 from baselines import eager_step
 from baselines.pillow_augment import crop_pairs
-from compare import all_close, compare, needs_bfloat16
-from workload import IMAGENET, batch, small_vit_s, statistics
+from bench_patch_embed import whole_views
+from compare import all_close, compare, needs_bfloat16, needs_gpu
+from torch import Tensor
+from workload import IMAGENET, batch, statistics
 
+from pera_fast.config import PRESETS
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.ops import _dispatch
+from pera_fast.plan import flop_per_image
 from pera_fast.schedules import StepValues
 
 VALUES = StepValues(lr=1e-3, weight_decay=0.04, momentum=0.992, teacher_temperature=0.04)
+PEERS = ("eager step", "eager step, torch.compile", "eager step, Pillow augmentation")
+BF16 = pytest.param("bf16", marks=needs_bfloat16)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
-def bench_step(benchmark, precision: str) -> None:
-    # Without drop path, whose subsets are random, both steps must give the same loss.
-    config = small_vit_s(drop_path=0.0)
-    config = replace(config, run=replace(config.run, precision=precision))
-    images = 2
-    backends = ", ".join(sorted({_dispatch.resolve(op, "cpu").backend for op in _dispatch.registered()}))
-    engine = Engine(config, statistics(), World(0, 1, torch.device("cpu")))
+@pytest.mark.parametrize("precision", ["fp32", BF16])
+@pytest.mark.parametrize(
+    ("preset", "images", "prototypes", "drop_path", "peer"),
+    [
+        # Without drop path, whose subsets are random, both steps must give the same loss.
+        ("vit_s", 2, 8192, 0.0, PEERS[2]),
+        ("vit_ti", 4, 65536, 0.3, PEERS[2]),
+        ("vit_s", 4, 65536, 0.3, PEERS[0]),
+        ("vit_s", 4, 65536, 0.3, PEERS[2]),
+    ],
+)
+def bench_step(
+    benchmark, preset: str, images: int, prototypes: int, drop_path: float, peer: str, precision: str
+) -> None:
+    measure(benchmark, preset, images, prototypes, drop_path, peer, precision, "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize(("preset", "images"), [("vit_b", 64), ("vit_s", 64)])
+def bench_step_gpu(benchmark, preset: str, images: int, peer: str) -> None:
+    measure(benchmark, preset, images, 131072, 0.3, peer, "bf16", "cuda")
+
+
+def measure(
+    benchmark, preset: str, images: int, prototypes: int, drop_path: float, peer: str, precision: str, device: str
+) -> None:  # fmt: skip
+    """Ours from decoded images; the eager step from finished views, or from images too with Pillow."""
+    base = PRESETS[preset]
+    config = replace(
+        base,
+        model=replace(base.model, num_prototypes=prototypes, drop_path=drop_path),
+        run=replace(base.run, precision=precision),
+    )
+    engine = Engine(config, statistics(), World(0, 1, torch.device(device)))
     twin = copy.deepcopy(engine.model)
     optimizer = torch.optim.AdamW(
         [p for p in twin.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04, eps=2e-5, fused=True
@@ -34,30 +69,37 @@ def bench_step(benchmark, precision: str) -> None:
     arrays = [image.numpy() for image in decoded.images.views()]
     mean, std = (torch.tensor(x) for x in IMAGENET)
     sizes = (config.crops.global_px, config.crops.local_px)
+    patches = engine.patches(0, 0, decoded)
+    indices = [tuple(masks) for masks in patches.groups]
+    finished = (
+        None if "Pillow" in peer else [tuple(whole_views(patches, i, px)) for i, px in enumerate(sizes)]
+    )
+    forward = torch.compile(eager_step.step) if "compile" in peer else eager_step.step
+    del patches
 
-    def chosen(step: int) -> list[tuple[torch.Tensor, ...]]:
-        return [tuple(masks) for masks in engine.patches(step, 0, decoded).groups]
-
-    indices = chosen(0)
-
-    def ours() -> torch.Tensor:
+    def ours() -> Tensor:
         return torch.tensor(engine.step(0, [decoded], VALUES).losses["total"])
 
-    def theirs() -> torch.Tensor:
-        views = [
-            tuple(crop_pairs(arrays, table, px, mean, std))
+    def views() -> list[tuple[Tensor, ...]]:
+        if finished is not None:
+            return finished
+        return [
+            tuple(view.to(device) for view in crop_pairs(arrays, table, px, mean, std))
             for table, px in zip(decoded.tables, sizes, strict=True)
         ]
+
+    def theirs() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss, t_logits = eager_step.step(twin, config, views, indices, VALUES.teacher_temperature)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss, t_logits = forward(twin, config, views(), indices, VALUES.teacher_temperature)
         loss.backward()
         eager_step.update(twin, config, optimizer, VALUES.momentum, t_logits)
-        return loss.detach()
+        return loss.detach().cpu()
 
-    # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.
+    backends = ", ".join(sorted({_dispatch.resolve(op, device).backend for op in _dispatch.registered()}))
     compare(
-        benchmark, op="step", backend=backends, peer="eager step, Pillow augmentation", ours=ours,
-        theirs=theirs, same=all_close(0.05), pairs=3, dtype=precision,
-        shape=f"ViT-S, {images} images, 8192 prototypes",
+        benchmark, op="step", backend=backends, peer=peer, ours=ours, theirs=theirs, device=device, pairs=3,
+        # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.
+        same=None if drop_path else all_close(0.05), dtype=precision, flops=images * flop_per_image(config),
+        shape=f"{preset}, {images} images, {prototypes} prototypes, drop path {drop_path}",
     )  # fmt: skip

@@ -11,58 +11,83 @@ import pytest
 import torch
 from baselines import eager_step
 from bench_patch_embed import whole_views
-from compare import all_close, compare, near, needs_bfloat16, peak_bytes
+from compare import all_close, compare, near, needs_bfloat16, needs_gpu, peak_bytes
 from torch import Tensor
-from workload import batch, small_vit_s, statistics
+from workload import batch, statistics
 
-from pera_fast.config import Config
+from pera_fast.config import PRESETS, Config
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.model.pera import Patches, draw_subsets
+from pera_fast.ops import _dispatch
 
 MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 
 
-def drawn(precision: str, drop_path: float, images: int) -> tuple[Config, Engine, Patches]:
-    config = small_vit_s(num_prototypes=64, drop_path=drop_path)
-    config = replace(config, run=replace(config.run, precision=precision))
-    engine = Engine(config, statistics(), World(0, 1, torch.device("cpu")))
+BOTH = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
+
+
+def drawn(
+    precision: str, drop_path: float, images: int, preset: str = "vit_s", device: str = "cpu"
+) -> tuple[Config, Engine, Patches]:
+    base = PRESETS[preset]
+    config = replace(
+        base,
+        model=replace(base.model, num_prototypes=64, drop_path=drop_path),
+        run=replace(base.run, precision=precision),
+    )
+    engine = Engine(config, statistics(), World(0, 1, torch.device(device)))
     return config, engine, engine.patches(0, 0, batch(config, images))
 
 
-def autocast(precision: str) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: str, device: str = "cpu") -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
+@BOTH
 @pytest.mark.parametrize(("drop_path", "images"), [(0.0, 2), (0.3, 4)])
 def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
+    measure(benchmark, "vit_s", precision, drop_path, images, "eager data flow", "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("preset", ["vit_b", "vit_s"])
+@pytest.mark.parametrize("peer", ["eager data flow", "eager data flow, torch.compile"])
+def bench_vit_gpu(benchmark, preset: str, peer: str) -> None:
+    measure(benchmark, preset, "bf16", 0.3, 64, peer, "cuda")
+
+
+def measure(
+    benchmark, preset: str, precision: str, drop_path: float, images: int, peer: str, device: str
+) -> None:
     """Both from the same patches; the eager side is given whole views and embeds them all."""
-    config, engine, patches = drawn(precision, drop_path, images)
+    config, engine, patches = drawn(precision, drop_path, images, preset, device)
     model, depth = engine.model, config.model.depth
     twin = copy.deepcopy(model)
     pixels = (config.crops.global_px, config.crops.local_px)
     views = [whole_views(patches, i, px) for i, px in enumerate(pixels)]
+    backbones = torch.compile(eager_step.backbones) if "compile" in peer else eager_step.backbones
 
     leaves = [[p for p in owner.parameters() if p.requires_grad] for owner in (model, twin)]
 
     def finish(parameters: list[Tensor], student: Tensor, teacher: Tensor, predicted: Tensor) -> list[Tensor]:
-        total = student.square().mul(torch.arange(student.shape[1])).sum() + predicted.float().square().mean()
+        weights = torch.arange(student.shape[1], device=device)
+        total = student.square().mul(weights).sum() + predicted.float().square().mean()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         if drop_path:  # each side draws its own subsets
             return [teacher]
         return [student, teacher, *(g for g in gradients if g is not None)]
 
     def ours() -> list[Tensor]:
-        with autocast(precision):
+        with autocast(precision, device):
             subsets = draw_subsets(patches.groups, drop_path, depth, (0,))
             teacher = model.teacher_forward(patches)
             student, predicted = model.student_forward(patches, subsets)
         return finish(leaves[0], student, teacher, predicted)
 
     def theirs() -> list[Tensor]:
-        with autocast(precision):
-            normed, taught = eager_step.backbones(twin, config, views, patches.groups)
+        with autocast(precision, device):
+            normed, taught = backbones(twin, config, views, patches.groups)
             with torch.no_grad():
                 teacher = torch.cat([eager_step.unit(twin.teacher.cls_head, x[:, 0]) for x in taught])
             student = torch.cat([eager_step.unit(twin.student.cls_head, x[:, 0]) for x in normed])
@@ -70,14 +95,16 @@ def bench_vit(benchmark, precision: str, drop_path: float, images: int) -> None:
             predicted = eager_step.head_logits(twin.pixel_head, normed[0][:, visible:])
         return finish(leaves[1], student, teacher, predicted)
 
+    name = {"vit_s": "ViT-S", "vit_b": "ViT-B"}[preset]
+    backend = _dispatch.resolve("packed_attention", device).backend
     compare(
-        benchmark, op="vit", backend="cpp", peer="eager data flow", ours=ours, theirs=theirs,
+        benchmark, op="vit", backend=backend, peer=peer, ours=ours, theirs=theirs, device=device,
         same=near if precision == "bf16" else all_close(1e-3), dtype=precision, pairs=3,
-        shape=f"ViT-S, {images} images, drop path {drop_path}, student fwd+bwd, teacher fwd{MALLOC}",
+        shape=f"{name}, {images} images, drop path {drop_path}, student fwd+bwd, teacher fwd{MALLOC}",
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
+@BOTH
 @pytest.mark.parametrize("recompute", ["none", "norms", "blocks"])
 def bench_recompute(benchmark, precision: str, recompute: str) -> None:
     """Time of the student's pass when less of it is kept, and what is: bytes an image at the end of forward."""

@@ -22,11 +22,13 @@ export PERA_FAST_REQUIRE_CUDA=1
 part build "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
 part info "$PYTHON" -m pera_fast.info --json
 part tests "$PYTHON" -m pytest -q tests/test_build.py tests/test_disjoint_masks.py \
+  tests/test_adamw_ema.py tests/test_ema_update.py tests/test_grad_norm.py tests/test_optim.py tests/test_batch.py \
   tests/test_crop_patches.py tests/test_distill_loss.py tests/test_koleo.py tests/test_packed_attention.py tests/test_residual_norm.py \
   tests/test_patch_embed.py tests/test_model.py tests/test_aot.py tests/test_engine.py tests/test_loader.py
 if command -v compute-sanitizer >/dev/null; then
   part sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -k cuda \
-    tests/test_disjoint_masks.py tests/test_crop_patches.py tests/test_packed_attention.py tests/test_residual_norm.py
+    tests/test_disjoint_masks.py tests/test_crop_patches.py tests/test_packed_attention.py tests/test_residual_norm.py \
+    tests/test_adamw_ema.py tests/test_ema_update.py tests/test_grad_norm.py
 fi
 part train "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
 part bench "$PYTHON" -m pytest bench/ --benchmark-only -q --benchmark-json="$OUT/benchmark.json"

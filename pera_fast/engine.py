@@ -82,25 +82,27 @@ class Engine:
     def step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank.
 
-        A step that runs out of memory is taken once more in smaller forward passes, and so are all after it;
-        the result stays that of the whole batch. With several ranks, which would have to agree, it is the end.
+        A forward pass that runs out of memory is taken again in smaller ones, and so are all after it; the result
+        stays that of the whole batch. With several ranks, which would have to agree, it is the end.
         """
         try:
-            return self._step(step, batches, values)
+            parts = self._gradients(step, batches, values)
         except torch.OutOfMemoryError:
             images = len(batches[0])
             if self._passes_per_batch > 1 or self.world.ranks > 1 or images == 1:
                 raise
-        # Outside of the handler, whose traceback holds the tensors of the failed pass.
-        self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
-        self.optimizer.zero_grad()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-        _log.warning(
-            "out of memory in step %d with %d images in a forward pass; taken again with %d in each of %d passes",
-            step + 1, images, images // self._passes_per_batch, self._passes_per_batch,
-        )  # fmt: skip
-        return self._step(step, batches, values)
+            parts = []
+        if not parts:  # outside of the handler, whose traceback holds the tensors of the failed pass
+            self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
+            self.optimizer.zero_grad()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            _log.warning(
+                "out of memory in step %d with %d images in a forward pass; taken again with %d in each of %d passes",
+                step + 1, images, images // self._passes_per_batch, self._passes_per_batch,
+            )  # fmt: skip
+            parts = self._gradients(step, batches, values)
+        return self._update(parts, values)
 
     def probe(self, patches: Patches) -> None:
         """A forward and backward pass that changes nothing, for measuring memory."""
@@ -110,7 +112,8 @@ class Engine:
         losses.total.backward()
         self.optimizer.zero_grad()
 
-    def _step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
+    def _gradients(self, step: int, batches: Sequence[Batch], values: StepValues) -> list[Losses]:
+        """Every forward pass's losses; their mean's gradient is in the parameters."""
         crops = self.config.crops
         inputs = [
             piece
@@ -132,9 +135,9 @@ class Engine:
                     losses = self._forward(patches, subsets, values.teacher_temperature, whole_batch)
                 (losses.total / len(inputs)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
-        return self._update(sum(len(g.teacher) for g in inputs[0].groups), parts, values)
+        return parts
 
-    def _update(self, crops_per_pass: int, parts: list[Losses], values: StepValues) -> StepReport:
+    def _update(self, parts: list[Losses], values: StepValues) -> StepReport:
         num_global = self.config.crops.num_global
         rows = [
             torch.cat(
@@ -155,9 +158,7 @@ class Engine:
         ]
         sums = self.world.sum(torch.stack(rows).sum(0))
         passes = len(parts) * self.world.ranks
-        centre = self.model.next_centre(
-            sums[5:] / (passes * crops_per_pass)
-        )  # from the teacher of these logits
+        centre = self.model.next_centre(sums[5:] / (passes * parts[0].rows))  # of the teacher that made z
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
         grad_norm = torch.where(sums.isfinite().all(), self.optimizer.grad_norm(), torch.nan)

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_module, tiny_config
+from conftest import needs_cuda, run_module, tiny_config
 from test_engine import ONE, assert_near, run, state
 from test_train import SMALL, lines
 
-from pera_fast.batch import Fit, choose, fit, fit_on_cpu, share_out
-from pera_fast.config import Config, ConfigError
+from pera_fast.batch import Fit, choose, fit, fit_on_cpu, fit_on_gpu, share_out
+from pera_fast.config import PRESETS, Config, ConfigError
+from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
+from pera_fast.engine import Engine
 from pera_fast.model.pera import PerA
-from pera_fast.plan import MARGIN
+from pera_fast.plan import MARGIN, synthetic_patches
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,6 @@ def test_out_of_memory_twice_or_with_one_image_is_the_end(
 
 
 def test_a_probe_changes_nothing(image_folder: Path) -> None:
-    from pera_fast.plan import synthetic_patches
-
     config: Config = tiny_config()
     plain, _ = run(image_folder, config, 2)
     probed, _ = run(image_folder, config, 1)
@@ -160,6 +160,26 @@ def test_command_with_auto_and_global_batch_then_resumed(image_folder: Path, tmp
     assert "12 images a step (4, ranks 1, forward passes 3)" in done.stderr
     assert (out / "profile/trace.json").stat().st_size > 1000
     assert "Self CPU" in (out / "profile/ops.txt").read_text()
+
+
+@needs_cuda
+def test_auto_on_a_gpu_foresees_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = (0.0,) * 3
+    statistics = Statistics(
+        {"uint8": zero}, {"uint8": (255.0,) * 3}, zero, (1.0,) * 3, num_windows=1, num_pixels=1
+    )
+    device = torch.device("cuda", 0)
+    base = PRESETS["vit_ti"]
+    config = replace(base, model=replace(base.model, num_prototypes=16384))
+    engine = Engine(config, statistics, World(0, 1, device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (6 * 10**9, 0))
+    limit = 6e9 + torch.cuda.memory_reserved(device)
+    found = fit_on_gpu(engine, config, engine.world)
+    torch.cuda.reset_peak_memory_stats(device)
+    engine.probe(synthetic_patches(config, found.images, device))
+    peak = torch.cuda.max_memory_allocated(device)
+    assert found.images % 8 == 0 and peak <= limit
+    assert found.predicted_bytes == pytest.approx(peak, rel=0.05)
 
 
 def test_ranks_take_what_fits_the_fullest() -> None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from conftest import needs_cuda, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_fast.config import PRESETS, Config
 from pera_fast.model.pera import CropGroup, Patches, PerA, draw_subsets
 from pera_fast.model.vit import VisionTransformer
+from pera_fast.plan import synthetic_patches
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,40 @@ def test_a_pass_never_waits_for_the_device() -> None:
     with Calls() as calls:
         torch.ones(2).sum().item()
     assert waits & set(calls.counts)  # the count does see one
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pass_can_be_captured_in_a_graph(precision: str) -> None:
+    """Forward and backward, replayed: the gradients of the pass itself."""
+    config = tiny_config(precision=precision)
+    model = PerA(config).cuda()
+    patches = synthetic_patches(config, 4, torch.device("cuda"))
+    patches.student_rows.normal_()
+    patches.teacher_rows.normal_()
+    subsets = draw_subsets(patches.groups, 0.3, config.model.depth, key=(0,))
+
+    def once() -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(patches, subsets, 0.04)
+        losses.total.backward()
+        return losses.total.detach()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # lazily made workspaces are made outside of the graph
+        for _ in range(3):
+            plain = once()
+    torch.cuda.current_stream().wait_stream(side)
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    graph.replay()
+    torch.testing.assert_close(captured, plain)
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_recomputing_norms_takes_no_product_again() -> None:

@@ -20,7 +20,8 @@ Views = list[tuple[Tensor, Tensor]]  # student and teacher views of global crops
 
 def masks(indices: Tensor, num_patches: int) -> Tensor:
     """Indices [n, k] -> bool [n, num_patches]."""
-    return torch.zeros(len(indices), num_patches, dtype=torch.bool).scatter_(1, indices, True)
+    empty = torch.zeros(len(indices), num_patches, dtype=torch.bool, device=indices.device)
+    return empty.scatter_(1, indices, True)
 
 
 def tokens(backbone: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def run_block(block: Block, x: Tensor, drop_path: float) -> Tensor:
     )
     for branch in branches:
         if drop_path:
-            chosen = torch.randperm(len(x))[: max(int(len(x) * (1 - drop_path)), 1)]
+            chosen = torch.randperm(len(x), device=x.device)[: max(int(len(x) * (1 - drop_path)), 1)]
             scale = len(x) / len(chosen)
             residual = branch(x[chosen]).to(x.dtype)
             x = torch.index_add(x.flatten(1), 0, chosen, residual.flatten(1), alpha=scale).view_as(x)
@@ -110,7 +111,7 @@ def loss(
     target = F.softmax((t_logits.float() - model.centre) / tau_teacher, dim=-1)
     prediction = F.log_softmax(s_logits.float() / optim.student_temperature, dim=-1)
     distill = -(target * prediction).sum(-1).mean()
-    spread = torch.zeros(())
+    spread = s_logits.new_zeros((), dtype=torch.float32)
     for part in s_logits[: len(s_logits) // num_crops * crops.num_global].chunk(crops.num_global):
         x = F.normalize(part.float(), dim=-1, eps=1e-8)
         nearest = (x.detach() @ x.detach().T).fill_diagonal_(-2).argmax(1)

@@ -77,6 +77,7 @@ class Losses(NamedTuple):
     pixel: Tensor  # mean over target patches of the summed squared error
     z_teacher_sum: Tensor  # [bottleneck], over all rows, for the centre
     koleo_neighbours: Tensor  # int64 [num_global, batch]
+    rows: int  # crops × images
 
 
 class Network(nn.Module):
@@ -178,8 +179,9 @@ class PerA(nn.Module):
         pixel = error.square().sum(-1).mean()
         total = distill.mean() + optim.koleo_weight * koleo.sum() + optim.pixel_weight * pixel
         return Losses(
-            total, distill.detach(), koleo.detach().mean(), pixel.detach(), z_teacher.sum(0), neighbours
-        )
+            total, distill.detach(), koleo.detach().mean(), pixel.detach(), z_teacher.sum(0), neighbours,
+            len(z_teacher),
+        )  # fmt: skip
 
     @torch.no_grad()
     def next_centre(self, z_teacher_mean: Tensor) -> Tensor:

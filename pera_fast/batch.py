@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,9 @@ def choose(engine: Engine, config: Config, world: World) -> tuple[Config, float 
     """
     run, accumulate, found = config.run, config.run.accumulate, None
     if run.batch_size == "auto":
-        found = fit_on_gpu(engine, config, world) if world.device.type == "cuda" else fit_on_cpu(config)
+        found = (
+            fit_on_gpu(engine, config, world) if world.device.type == "cuda" else fit_on_cpu(config, world)
+        )
     most = run.images if found is None else found.images
     if run.global_batch is not None:
         most, accumulate = share_out(run.global_batch, world.ranks, most)
@@ -56,9 +59,10 @@ def share_out(global_batch: int, ranks: int, most: int) -> tuple[int, int]:
     return per_rank // passes, passes
 
 
-def fit_on_cpu(config: Config) -> Fit:
-    """By the plan and the memory that is free, at most 64 images."""
-    found, available = plan(config), _available_bytes()
+def fit_on_cpu(config: Config, world: World) -> Fit:
+    """By the plan and the memory that is free, shared by this machine's ranks; at most 64 images, equal on all."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found, available = plan(config), _least(world, _available_bytes() / local_ranks)
     images = min(found.largest_batch(available), _MOST_ON_CPU)
     _enough(images, found.bytes_at(1), available)
     return Fit(images, found.bytes_at(images))

@@ -70,17 +70,19 @@ def test_auto_on_a_cpu_is_a_number_that_fits(monkeypatch: pytest.MonkeyPatch) ->
     config = tiny_config(batch_size="auto")
     with pytest.raises(RuntimeError, match="batch_size is still auto"):
         print(config.run.images)
-    assert fit_on_cpu(config).images == 64
+    assert fit_on_cpu(config, ONE).images == 64
     monkeypatch.setattr("pera_fast.batch._available_bytes", lambda: 8e6)
-    found = fit_on_cpu(config)
+    found = fit_on_cpu(config, ONE)
     assert 0 < found.images < 64 and found.predicted_bytes <= 8e6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert fit_on_cpu(config, ONE).images < found.images
     monkeypatch.setattr("pera_fast.batch._available_bytes", lambda: 1e5)
     with pytest.raises(ConfigError, match="batch_size: expected memory for one image"):
-        fit_on_cpu(config)
+        fit_on_cpu(config, ONE)
 
 
 def test_auto_with_a_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pera_fast.batch.fit_on_cpu", lambda config: Fit(24, 1e9))
+    monkeypatch.setattr("pera_fast.batch.fit_on_cpu", lambda config, world: Fit(24, 1e9))
     config, predicted = choose(None, tiny_config(batch_size="auto", global_batch=64), ONE)  # type: ignore[arg-type]
     assert (config.run.batch_size, config.run.accumulate, predicted) == (16, 4, None)
     config, predicted = choose(None, tiny_config(batch_size="auto"), ONE)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def small(precision: str, activation: str = "none") -> Config:
     base = PRESETS["vit_ti"]
     return replace(
         base,
-        model=replace(base.model, depth=6, num_prototypes=16384, activation=activation),
+        model=replace(base.model, depth=3, num_prototypes=16384, activation=activation),
         run=replace(base.run, precision=precision, device="cpu"),
     )
 
@@ -48,13 +48,15 @@ patches = synthetic_patches(config, images, CPU)
 engine.optimizer.allocate()
 engine.probe(patches)
 engine.probe(patches)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not getrusage, whose peak may be that of the process this one was forked from.
+with open("/proc/self/status") as file:
+    print(before, next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")))
 """
 
 
 @pytest.mark.parametrize(
     ("precision", "activation", "images"),
-    [("fp32", "none", 8), ("bf16", "norms", 12), ("fp32", "blocks", 20)],
+    [("fp32", "none", 12), ("bf16", "blocks", 24)],
 )
 def test_peak_memory_of_a_process_is_foreseen_to_a_tenth(
     precision: str, activation: str, images: int
@@ -101,7 +103,7 @@ def test_work_of_the_papers_models() -> None:
 
 def test_recomputing_less_memory_per_image() -> None:
     found = [plan(small("bf16", activation)).bytes_per_image for activation in ("none", "norms", "blocks")]
-    assert found[0] > 1.2 * found[1] > 1.2 * 1.2 * found[2]
+    assert found[0] > 1.1 * found[1] > 1.1 * 1.1 * found[2]
 
 
 def test_lines_and_largest_batches() -> None:
@@ -115,7 +117,7 @@ def test_lines_and_largest_batches() -> None:
 
 
 def test_command() -> None:
-    arguments = ("pera_fast.plan", "--preset", "vit_ti", "--num-prototypes", 1024)
+    arguments = ("pera_fast.plan", "--preset", "vit_ti", "--depth", 2, "--num-prototypes", 1024)
     done = run_module(*arguments, "--gpu-memory", 24)
     assert done.returncode == 0, done.stderr
     assert "memory per image" in done.stdout and "GFLOP" in done.stdout and " of 24 GB" in done.stdout

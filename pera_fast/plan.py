@@ -204,6 +204,8 @@ def _options(arguments: list[str]) -> tuple[float | None, bool, list[str]]:
 def main() -> None:
     from pera_fast.train import parse
 
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)  # before the options of pera_fast.train
     memory, as_json, rest = _options(sys.argv[1:])
     config = parse(rest)
     found = plan(config)

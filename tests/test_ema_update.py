@@ -29,9 +29,12 @@ def updated(
     return teachers, shadows
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
 @pytest.mark.parametrize("param", [FP32, BF16])
-def test_three_way(param: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = updated(FP32, param)
+def test_three_way(param: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"ema_update={backend}")
+    ours, shadows = updated(FP32, param)
+    assert all(low is None or torch.equal(low, t.bfloat16()) for t, low in zip(ours, shadows, strict=True))
     monkeypatch.setenv("PERA_FAST_BACKEND", "ema_update=reference")
     theirs, _ = updated(FP32, param)
     monkeypatch.undo()

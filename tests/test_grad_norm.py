@@ -22,7 +22,7 @@ def gradients(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[T
     ]
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_three_way(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERA_FAST_BACKEND", f"grad_norm={backend}")

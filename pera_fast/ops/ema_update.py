@@ -35,7 +35,7 @@ def ema_update(
     _parameters.check_device("teachers", teachers, device)
     function = _dispatch.function("ema_update", device.type)
     if function is _kernels and not _parameters.are_low(teachers, params):
-        function = reference.ema_update
+        function = _torch_foreach
     function(teachers, params, _parameters.scalars(device, momentum), shadows)
 
 
@@ -48,9 +48,21 @@ def _kernels(
     torch.autograd.graph.increment_version([x for x in (*t, *low) if x.numel()])
 
 
+def _torch_foreach(
+    teachers: Sequence[Tensor], params: Sequence[Tensor], momentum: Tensor, shadows: Sequence[Tensor | None]
+) -> None:
+    """Waits for a momentum that is on a GPU."""
+    alike = [p.to(t.dtype) for p, t in zip(params, teachers, strict=True)]
+    torch._foreach_lerp_(list(teachers), alike, float(1 - momentum))
+    copies = [(low, t) for low, t in zip(shadows, teachers, strict=True) if low is not None]
+    if copies:
+        torch._foreach_copy_([low for low, _ in copies], [t for _, t in copies])
+
+
 if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::ema_update", lambda *_: None)
 
 _dispatch.register("ema_update", "cuda", _kernels, _library.why_no_cuda)
 _dispatch.register("ema_update", "cpp", _kernels, _library.why_no_cpp)
+_dispatch.register("ema_update", "torch", _torch_foreach)
 _dispatch.register("ema_update", "reference", reference.ema_update)

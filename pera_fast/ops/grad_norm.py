@@ -26,7 +26,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     _parameters.check_device("grads", grads, device)
     function = _dispatch.function("grad_norm", device.type)
     if function is _kernels and not _parameters.are_low(grads):
-        function = reference.grad_norm
+        function = _torch_foreach
     return function(grads)
 
 
@@ -36,9 +36,14 @@ def _kernels(grads: Sequence[Tensor]) -> Tensor:
     return norm
 
 
+def _torch_foreach(grads: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(list(grads)).float()
+
+
 if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::grad_norm", lambda *_: None)
 
 _dispatch.register("grad_norm", "cuda", _kernels, _library.why_no_cuda)
 _dispatch.register("grad_norm", "cpp", _kernels, _library.why_no_cpp)
+_dispatch.register("grad_norm", "torch", _torch_foreach)
 _dispatch.register("grad_norm", "reference", reference.grad_norm)

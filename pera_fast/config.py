@@ -279,6 +279,11 @@ class RunConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     reduce_in: Literal["fp32", "bf16"] = "fp32"
     """What ranks sum their gradients in, bucket by bucket while the backward pass goes on; bf16 sends half."""
+    shard: Literal["none", "node", "all"] = "none"
+    """Share out weights, teacher, gradients and moments (FSDP2), for models that do not fit: over all ranks, or over
+    the ranks of each node, which then hold a copy together. none: every rank holds all (DDP)."""
+    cuda_graph: bool = True
+    """Record the step on a GPU after a few and replay it; where that fails, steps go on as they are."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     max_skipped: int = 10

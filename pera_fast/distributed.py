@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pera_fast.config import ConfigError
 
@@ -42,6 +43,17 @@ class World:
         dist.all_gather(parts, values)
         return parts
 
+    def mesh(self, per_node: bool) -> DeviceMesh:
+        """All ranks sharing one model, or the ranks of each node sharing a copy of it."""
+        device, here = self.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
+        if not per_node or here == self.ranks:
+            return init_device_mesh(device, (self.ranks,), mesh_dim_names=("shard",))
+        if self.ranks % here:
+            raise ConfigError(
+                f"shard: expected equally many ranks on every node, got {self.ranks} in all, {here} here"
+            )
+        return init_device_mesh(device, (self.ranks // here, here), mesh_dim_names=("replicate", "shard"))
+
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
@@ -63,6 +75,8 @@ def world(device_name: str) -> Iterator[World]:
         raise ConfigError(f"nproc-per-node: expected at most one rank per GPU, {gpus}, got rank {local_rank}")
     if use_cuda:
         torch.cuda.set_device(local_rank)
+        # Graphs cannot be recorded on the default stream, nor can the gradients of what was made there.
+        torch.cuda.set_stream(torch.cuda.Stream())
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if ranks > 1:
         # The others wait while rank 0 evaluates, which may take longer than the default of ten minutes.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,6 +19,7 @@ from pera_fast.config import Config
 from pera_fast.data.loader import Batch
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
+from pera_fast.graph import StepGraph
 from pera_fast.model.pera import (
     CropGroup,
     Losses,
@@ -28,11 +30,15 @@ from pera_fast.model.pera import (
     split_patches,
 )  # fmt: skip
 from pera_fast.model.shadow import give_shadows, shadows_of
-from pera_fast.model.vit import Subset
-from pera_fast.optim import TeacherOptimizer, make
+from pera_fast.model.shard import shard, whole
+from pera_fast.model.vit import Subset, VisionTransformer
+from pera_fast.optim import AdamWEMA, TeacherOptimizer, make
 from pera_fast.schedules import StepValues
 
 _log = logging.getLogger("pera_fast")
+_WARMUP = 11  # steps before one is recorded; DDP asks for as many
+
+Input = tuple[Patches, list[Subset]]  # of a forward pass
 
 
 def _sum_in_bfloat16(group, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, which are text here
@@ -60,22 +66,31 @@ class Engine:
     optimizer: TeacherOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        optim = self.config.optim
-        torch.manual_seed(self.config.run.seed)  # the first weights are the same on every rank
-        self.model = PerA(self.config).to(self.world.device)
-        if self.config.run.precision == "bf16":
+        optim, run, device = self.config.optim, self.config.run, self.world.device
+        torch.manual_seed(run.seed)  # the first weights are the same on every rank
+        self.model = PerA(self.config)
+        self._is_sharded = run.shard != "none" and self.world.ranks > 1
+        if self._is_sharded:
+            shard(self.model, self.world.mesh(per_node=run.shard == "node"), run.precision, run.reduce_in)
+        self.model.to(device)
+        if run.precision == "bf16" and not self._is_sharded:
             give_shadows(self.model)
         self.optimizer = make(
             optim.optimizer, self.model.ema_pairs(), betas=optim.betas, eps=optim.eps, clip_norm=optim.clip_norm,
             decay_all=optim.decay_all, shadows=shadows_of(self.model),
         )  # fmt: skip
         self._forward: PerA | DistributedDataParallel = self.model
-        if self.world.ranks > 1:
+        if self.world.ranks > 1 and not self._is_sharded:
             self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-            if self.config.run.reduce_in == "bf16":
+            if run.reduce_in == "bf16":
                 self._forward.register_comm_hook(None, _sum_in_bfloat16)
         self._passes_per_batch = 1
-        data, device = self.config.data, self.world.device
+        self._temperature = torch.zeros((), device=device)
+        self._graph: StepGraph | None = None
+        can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
+        # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
+        self._steps_to_record = _WARMUP if can_record and device.type == "cuda" else math.inf
+        data = self.config.data
         self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)
 
@@ -85,8 +100,13 @@ class Engine:
         A forward pass that runs out of memory is taken again in smaller ones, and so are all after it; the result
         stays that of the whole batch. With several ranks, which would have to agree, it is the end.
         """
+        self._temperature.fill_(values.teacher_temperature)
+        self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
         try:
-            parts = self._gradients(step, batches, values)
+            inputs = self._inputs(step, batches)
+            if self._record(inputs):
+                return self._report(self._graph(inputs), len(inputs))  # type: ignore[misc]
+            parts = self._gradients(inputs)
         except torch.OutOfMemoryError:
             images = len(batches[0])
             if self._passes_per_batch > 1 or self.world.ranks > 1 or images == 1:
@@ -94,6 +114,7 @@ class Engine:
             parts = []
         if not parts:  # outside of the handler, whose traceback holds the tensors of the failed pass
             self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
+            self._graph = None
             self.optimizer.zero_grad()
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -101,43 +122,70 @@ class Engine:
                 "out of memory in step %d with %d images in a forward pass; taken again with %d in each of %d passes",
                 step + 1, images, images // self._passes_per_batch, self._passes_per_batch,
             )  # fmt: skip
-            parts = self._gradients(step, batches, values)
-        return self._update(parts, values)
+            inputs = self._inputs(step, batches)
+            parts = self._gradients(inputs)
+        return self._report(self._update(parts), len(inputs))
 
     def probe(self, patches: Patches) -> None:
         """A forward and backward pass that changes nothing, for measuring memory."""
-        self.optimizer.zero_grad()
-        with self._autocast():
-            losses = self._forward(patches, self._subsets(0, 0, patches), 0.04, None)
-        losses.total.backward()
+        self._temperature.fill_(0.04)
+        self._gradients([(patches, self._subsets(0, 0, patches))])
         self.optimizer.zero_grad()
 
-    def _gradients(self, step: int, batches: Sequence[Batch], values: StepValues) -> list[Losses]:
-        """Every forward pass's losses; their mean's gradient is in the parameters."""
+    def _inputs(self, step: int, batches: Sequence[Batch]) -> list[Input]:
+        """Everything of a step that the host has a part in: patches and subsets of each forward pass."""
         crops = self.config.crops
-        inputs = [
+        patches = [
             piece
             for part, batch in enumerate(batches)
             for piece in split_patches(
                 self.patches(step, part, batch), self._passes_per_batch, crops.num_global, crops.num_local
             )
         ]
-        whole_batches = self._whole_batches(step, inputs)
+        return [(one, self._subsets(step, part, one)) for part, one in enumerate(patches)]
+
+    def _record(self, inputs: list[Input]) -> bool:
+        """Whether there is a graph of the step, which is recorded once the first steps are done."""
+        self._steps_to_record -= 1
+        if self._graph is None and self._steps_to_record < 0:
+            self._steps_to_record = math.inf  # once, whether it goes well or not
+            try:
+                self._graph = StepGraph(lambda inputs: self._update(self._gradients(inputs)), inputs)
+                _log.info("the step is recorded in a CUDA graph")
+            except RuntimeError as error:  # out of memory is one, too
+                _log.warning("the step is not recorded in a CUDA graph: %s", str(error).splitlines()[0])
+                self.optimizer.zero_grad()
+        return self._graph is not None
+
+    def _gradients(self, inputs: list[Input]) -> list[Losses]:
+        """Every forward pass's losses; their mean's gradient is in the parameters."""
+        whole_batches = self._whole_batches(inputs)
         self.optimizer.zero_grad()
         parts: list[Losses] = []
-        for part, (patches, whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
-            is_last = part == len(inputs) - 1
-            # DDP averages gradients over ranks in the last backward pass of the step.
-            waits = isinstance(self._forward, DistributedDataParallel) and not is_last
-            with self._forward.no_sync() if waits else nullcontext():  # type: ignore[union-attr,operator]
+        for part, ((patches, subsets), whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
+            with self._summing_gradients(is_last=part == len(inputs) - 1):
                 with self._autocast():
-                    subsets = self._subsets(step, part, patches)
-                    losses = self._forward(patches, subsets, values.teacher_temperature, whole_batch)
+                    losses = self._forward(patches, subsets, self._temperature, whole_batch)
                 (losses.total / len(inputs)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
         return parts
 
-    def _update(self, parts: list[Losses], values: StepValues) -> StepReport:
+    @contextmanager
+    def _summing_gradients(self, is_last: bool) -> Iterator[None]:
+        """Ranks average their gradients in the last backward pass of the step."""
+        if self._is_sharded:
+            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        elif isinstance(self._forward, DistributedDataParallel) and not is_last:
+            with self._forward.no_sync():
+                yield
+            return
+        yield
+
+    def _update(self, parts: list[Losses]) -> Tensor:
+        """Update model, teacher and centre.
+
+        Returns float [7]: the losses summed over parts and ranks, the gradient's norm, whether the step was skipped.
+        """
         num_global = self.config.crops.num_global
         rows = [
             torch.cat(
@@ -162,17 +210,28 @@ class Engine:
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
         grad_norm = torch.where(sums.isfinite().all(), self.optimizer.grad_norm(), torch.nan)
-        self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
         self.optimizer.step(grad_norm=grad_norm)
         skipped = self.optimizer.skipped
         self.model.centre.copy_(torch.where(skipped, self.model.centre, centre))
+        return torch.cat((sums[:5], grad_norm[None], skipped[None]))
 
-        # The one place where the host waits for the device.
-        *numbers, norm, was_skipped = torch.cat((sums[:5], grad_norm[None], skipped[None])).tolist()
+    def _report(self, numbers: Tensor, passes: int) -> StepReport:
+        """Of what `_update` returned; the one place where the host waits for the device."""
+        *sums, norm, was_skipped = numbers.tolist()
         named = ("total", "distill_global", "distill_local", "koleo", "pixel")
-        losses = {name: value / passes for name, value in zip(named, numbers, strict=True)}
+        losses = {name: value / (passes * self.world.ranks) for name, value in zip(named, sums, strict=True)}
         losses["distill_local"] /= max(1, self.config.crops.num_local)
         return StepReport(losses, norm, skipped=bool(was_skipped))
+
+    def teacher(self) -> VisionTransformer:
+        """The teacher's backbone whole, for evaluation; where it is shared out, every rank must ask for it."""
+        backbone = self.model.teacher.backbone
+        if not self._is_sharded:
+            return backbone
+        weights = {name: whole(value.detach()).cpu() for name, value in backbone.state_dict().items()}
+        copy = VisionTransformer(self.config.model, self.config.crops.global_px)
+        copy.load_state_dict(weights)
+        return copy.to(self.world.device).requires_grad_(False)
 
     def patches(self, step: int, part: int, batch: Batch) -> Patches:
         """The used patches of a batch's crops, on this rank's device."""
@@ -229,7 +288,7 @@ class Engine:
             groups.append(masks)
         return groups
 
-    def _whole_batches(self, step: int, inputs: list[Patches]) -> list[Callable[[Tensor], Tensor] | None]:
+    def _whole_batches(self, inputs: list[Input]) -> list[Callable[[Tensor], Tensor] | None]:
         """For each part, how its student outputs become the whole batch's (see join_whole_batch).
 
         With several forward passes per step this costs one more student pass, without gradient.
@@ -238,20 +297,20 @@ class Engine:
         if parts == 1 or self.config.optim.koleo_weight == 0:
             return [None] * len(inputs)
 
-        def join(part: int, whole: Tensor | None, z: Tensor) -> Tensor:
+        def join(part: int, everyone: Tensor | None, z: Tensor) -> Tensor:
             start = (part * self.world.ranks + self.world.rank) * z.shape[1]
-            everyone = torch.cat(self.world.gather(z), dim=1) if whole is None else whole
+            if everyone is None:
+                everyone = torch.cat(self.world.gather(z), dim=1)
             return join_whole_batch(z, everyone, start, parts)
 
         if len(inputs) == 1:
             return [partial(join, 0, None)]
-        num_global, gathered = self.config.crops.num_global, []
-        for part, patches in enumerate(inputs):
-            with torch.no_grad(), self._autocast():
-                z, _ = self.model.student_forward(patches, self._subsets(step, part, patches))
-            gathered += self.world.gather(z[: len(patches.groups[0].student)].unflatten(0, (num_global, -1)))
-        whole = torch.cat(gathered, dim=1)
-        return [partial(join, part, whole) for part in range(len(inputs))]
+        gathered = []
+        for patches, subsets in inputs:
+            with self._autocast():
+                gathered += self.world.gather(self.model.student_z(patches, subsets))
+        everyone = torch.cat(gathered, dim=1)
+        return [partial(join, part, everyone) for part in range(len(inputs))]
 
     def _subsets(self, step: int, part: int, patches: Patches) -> list[Subset]:
         model, key = self.config.model, (self.config.run.seed, step, part, self.world.rank)

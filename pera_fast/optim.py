@@ -258,7 +258,11 @@ def make(
         "teachers": {parameter: teacher for _, parameter, teacher in pairs if teacher is not None},
     }  # fmt: skip
     if name == "adamw_ema":
-        return AdamWEMA(groups, **options)
+        # As tensors, so that the step can be recorded in a graph.
+        lr, weight_decay, momentum, none = torch.zeros(4, dtype=torch.float64, device=pairs[0][1].device)
+        if spared:
+            groups[1]["weight_decay"] = none
+        return AdamWEMA(groups, lr, weight_decay=weight_decay, momentum=momentum, **options)
     if name == "torch_adamw":
         return TorchAdamW(groups, fused=True, **options)
     if name in ("apex_adam", "apex_lamb"):

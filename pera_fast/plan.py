@@ -33,12 +33,13 @@ MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one rank, FLOP of one image (a multiply and an add are two)."""
+    """Bytes of one rank, FLOP of one image (a multiply and an add are two).
+
+    Fixed are weights, teacher, moments, gradients, bfloat16 copies, and what the loss holds at any batch.
+    """
 
     trained_parameters: int
-    fixed_bytes: (
-        int  # weights, teacher, moments, gradients, bfloat16 copies, and what the loss holds at any batch
-    )
+    fixed_bytes: int
     bytes_per_image: int
     flop_per_image: int
 
@@ -103,21 +104,26 @@ def _step(model: PerA, config: Config, images: int) -> None:
 
 def synthetic_patches(config: Config, images: int, device: torch.device) -> Patches:
     """The input of a forward pass with zeros for pixels."""
-    crops, patch_px = config.crops, config.model.patch_px
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     groups, rows = [], [0, 0]
-    for first, (number, px) in enumerate(
-        ((crops.num_global, crops.global_px), (crops.num_local, crops.local_px))
-    ):
-        if number == 0:
-            continue
-        n, (student, target, teacher) = number * images, crops.mask_counts((px // patch_px) ** 2)
-        sets = (student, target if first == 0 else 0, teacher)
+    for number, sets in _crop_kinds(config):
+        n, (student, _, teacher) = number * images, sets
         groups.append(CropGroup(*(torch.zeros(n, count, dtype=torch.int64, device=device) for count in sets)))
         rows = [rows[0] + n * (1 + student), rows[1] + n * (1 + teacher)]
-    size = config.model.in_bands * patch_px**2
+    size = config.model.in_bands * config.model.patch_px**2
     shapes = ((rows[0], size), (*groups[0].target.shape, size), (rows[1], size))
     return Patches(groups, *(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+
+
+def _crop_kinds(config: Config) -> list[tuple[int, tuple[int, int, int]]]:
+    """(crops of an image, (student, target, teacher) patches of each), global crops and then local ones."""
+    crops, patch_px = config.crops, config.model.patch_px
+    student, target, teacher = crops.mask_counts((crops.local_px // patch_px) ** 2)
+    kinds = [
+        (crops.num_global, crops.mask_counts((crops.global_px // patch_px) ** 2)),
+        (crops.num_local, (student, 0, teacher)),  # local crops have no targets
+    ]
+    return kinds if crops.num_local else kinds[:1]
 
 
 class _Tracker(TorchDispatchMode):
@@ -162,19 +168,13 @@ def flop_per_image(config: Config) -> int:
         """(sequences, length) through `number` blocks, forward."""
         return number * sum(n * (length * per_token + 4 * length**2 * dim) for n, length in groups)
 
-    student, teacher, targets, patches = [], [], 0, [0, 0]
-    for i, (number, px) in enumerate(
-        ((crops.num_global, crops.global_px), (crops.num_local, crops.local_px))
-    ):
-        if number == 0:
-            continue
-        counts = crops.mask_counts((px // model.patch_px) ** 2)
-        student.append((number, 1 + counts[0]))
-        teacher.append((number, 1 + counts[2]))
-        patches = [patches[0] + number * counts[0], patches[1] + number * counts[2]]
-        targets += number * counts[1] * (i == 0)
+    kinds = _crop_kinds(config)
+    student = [(number, 1 + s) for number, (s, _, _) in kinds]
+    with_targets = [(number, 1 + s + p) for number, (s, p, _) in kinds]
+    teacher = [(number, 1 + t) for number, (_, _, t) in kinds]
+    targets = sum(number * p for number, (_, p, _) in kinds)
+    patches = [sum(number * sets[i] for number, sets in kinds) for i in (0, 2)]
     half = model.depth // 2
-    with_targets = [(student[0][0], student[0][1] + targets // crops.num_global), *student[1:]]
     student_blocks = kept * (blocks(student, half) + blocks(with_targets, model.depth - half))
     widths = [dim, *[model.head_hidden_dim] * (model.head_layers - 1), model.head_bottleneck_dim]
     head = 2 * sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))

@@ -156,8 +156,8 @@ class Run:
 
     def _evaluate_now(self, step: int) -> None:
         """k-NN of the teacher as it is, on rank 0, into metrics.jsonl and TensorBoard."""
+        teacher = self.engine.teacher()
         if self.world.is_first and self._eval_tiles:
-            teacher = self.engine.model.teacher.backbone
             result = knn(teacher, self.config, self.statistics, *self._eval_tiles, device=self.world.device)
             self.records.value(step, "knn_top1", result["top1"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pera_fast.data.sources import scan
 from pera_fast.data.statistics import compute_statistics
 from pera_fast.distributed import World, world
 from pera_fast.engine import Engine, StepReport
+from pera_fast.model.shard import whole
 from pera_fast.plan import synthetic_patches
 from pera_fast.schedules import Schedules
 
@@ -168,44 +170,81 @@ def test_a_step_that_is_not_finite_changes_nothing(
         assert torch.equal(value.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
 
 
-def _two_ranks(folder: str, out: str, reduce_in: str) -> None:
-    """Body of one rank: three steps, then rank 0 saves its state."""
-    with world("cpu") as on:
-        _train_and_save(folder, out, on, reduce_in)
+# --- several ranks on the CPU ---
 
 
-def _train_and_save(folder: str, out: str, on: World, reduce_in: str) -> None:
-    engine, reports = run(Path(folder), tiny_config(batch_size=4, reduce_in=reduce_in), 3, on=on)
-    if on.is_first:
-        torch.save({"state": state(engine), "losses": [r.losses for r in reports]}, out)
-
-
-@pytest.mark.parametrize("reduce_in", ["fp32", "bf16"])
-def test_two_ranks_equal_one_with_the_doubled_batch(
-    image_folder: Path, tmp_path: Path, reduce_in: str
-) -> None:
+def several_ranks(ranks: int, *arguments: object, per_node: int | None = None) -> None:
+    """Run this file's `__main__` on each rank, with the arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    out = tmp_path / "two.pt"
-    ranks = [
+    environment = {
+        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node or ranks), "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent),
+    }  # fmt: skip
+    processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(image_folder), str(out), reduce_in],
-            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_PORT": port,
-                 "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            [sys.executable, __file__, *map(str, arguments)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % (per_node or ranks))},
         )
-        for r in range(2)
-    ]  # fmt: skip
-    assert [r.wait(timeout=120) for r in ranks] == [0, 0]
-    two: dict[str, Any] = torch.load(out, weights_only=True)
+        for rank in range(ranks)
+    ]
+    try:
+        assert [p.wait(timeout=200) for p in processes] == [0] * ranks
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def _train_and_save(folder: str, out: str, options: str) -> None:
+    """Body of one rank: three steps, then rank 0 saves the state, whole."""
+    with world("cpu") as on:
+        _on_this_rank(Path(folder), Path(out), json.loads(options), on)
+
+
+def _on_this_rank(folder: Path, out: Path, options: dict[str, Any], on: World) -> None:
+    """Returns before the process group ends, so that nothing of the engine outlives it."""
+    engine, reports = run(folder, tiny_config(**options), 3, on=on)
+    sharded = [name for name, p in engine.model.named_parameters() if hasattr(p, "to_local")]
+    teacher = engine.teacher().state_dict()
+    found = {name: whole(value) for name, value in state(engine).items()}
+    if on.is_first:
+        for name, value in teacher.items():
+            assert torch.equal(value, found[f"teacher.backbone.{name}"]), name
+        torch.save(
+            {"state": found, "losses": [r.losses for r in reports], "sharded": len(sharded)},
+            out,
+        )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "options"),
+    [
+        (2, 2, {}),
+        (2, 2, {"reduce_in": "bf16"}),
+        (2, 2, {"shard": "all", "batch_size": 2, "accumulate": 2}),
+        (4, 2, {"shard": "node", "batch_size": 2}),
+    ],
+    ids=["ddp", "ddp-bf16", "fsdp", "fsdp-in-each-node"],
+)
+def test_several_ranks_equal_one(
+    image_folder: Path, tmp_path: Path, ranks: int, per_node: int, options: dict[str, Any]
+) -> None:
+    options = {"batch_size": 4, **options}
+    out = tmp_path / "several.pt"
+    several_ranks(ranks, image_folder, out, json.dumps(options), per_node=per_node)
+    several: dict[str, Any] = torch.load(out, weights_only=True)
     one, reports = run(image_folder, tiny_config(batch_size=8), 3)
+    is_exact = options.get("reduce_in") != "bf16"
     # A gradient rounded to bfloat16 may turn a small one's sign, and with it Adam's first steps.
-    assert_near(two["state"], state(one), 1e-5 if reduce_in == "fp32" else 5e-3)
-    for got, report in zip(two["losses"], reports, strict=True):
-        assert got == pytest.approx(report.losses, rel=1e-5 if reduce_in == "fp32" else 1e-2)
-    same = all(torch.equal(two["state"][k], v) for k, v in state(one).items())
-    assert not (same and reduce_in == "bf16"), "the option does nothing"
+    assert_near(several["state"], state(one), 1e-5 if is_exact else 5e-3)
+    for got, report in zip(several["losses"], reports, strict=True):
+        assert got == pytest.approx(report.losses, rel=1e-5 if is_exact else 1e-2)
+    same = all(torch.equal(several["state"][k], v) for k, v in state(one).items())
+    assert is_exact or not same, "the option does nothing"
+    every = len(list(one.model.parameters()))
+    assert several["sharded"] == (every if "shard" in options else 0)
 
 
 if __name__ == "__main__":
-    _two_ranks(*sys.argv[1:])
+    _train_and_save(*sys.argv[1:])

@@ -32,18 +32,25 @@ inline void publish() {
 #endif
 }
 
-// teacher += rate (param - teacher), and its copy. param float32 [count].
-template <class Teacher>
+// teacher += rate (param - teacher), and its copy where there is one.
+template <class Teacher, class Param>
 inline void ema_block(
-    const float* __restrict param, typename Teacher::Type* __restrict teacher, uint16_t* shadow, float rate,
-    int64_t count) {
+    const typename Param::Type* __restrict param, typename Teacher::Type* __restrict teacher, uint16_t* shadow,
+    float rate, int64_t count) {
+  if (shadow == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      teacher[i] = Teacher::from(moved_towards(Teacher::to(teacher[i]), Param::to(param[i]), rate));
+    }
+    return;
+  }
   float moved[kBlock];
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    moved[i] = moved_towards(Teacher::to(teacher[i]), param[i], rate);
+    moved[i] = moved_towards(Teacher::to(teacher[i]), Param::to(param[i]), rate);
     teacher[i] = Teacher::from(moved[i]);
   }
-  if (shadow != nullptr) copy_low(moved, shadow, count);
+  copy_low(moved, shadow, count);
 }
 
 template <class Param, class Grad, class Teacher>
@@ -67,7 +74,7 @@ inline void update(const AdamWEMATensor& t, const AdamWEMACoefficients& coeffici
     }
     if (t.shadow != nullptr) copy_low(updated, t.shadow + start, count);
     if (t.teacher != nullptr) {
-      ema_block<Teacher>(
+      ema_block<Teacher, Float32>(
           updated, static_cast<typename Teacher::Type*>(t.teacher) + start,
           t.teacher_shadow == nullptr ? nullptr : t.teacher_shadow + start, c.rate, count);
     }
@@ -92,22 +99,10 @@ template <class Teacher, class Param>
 inline void ema(const EmaTensor& t, float rate, int64_t begin, int64_t end) {
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = end - start < kBlock ? end - start : kBlock;
-    const typename Param::Type* __restrict param = static_cast<const typename Param::Type*>(t.param) + start;
-    typename Teacher::Type* __restrict teacher = static_cast<typename Teacher::Type*>(t.teacher) + start;
-    if (t.shadow == nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        teacher[i] = Teacher::from(moved_towards(Teacher::to(teacher[i]), Param::to(param[i]), rate));
-      }
-      continue;
-    }
-    float moved[kBlock];
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      moved[i] = moved_towards(Teacher::to(teacher[i]), Param::to(param[i]), rate);
-      teacher[i] = Teacher::from(moved[i]);
-    }
-    copy_low(moved, t.shadow + start, count);
+    ema_block<Teacher, Param>(
+        static_cast<const typename Param::Type*>(t.param) + start,
+        static_cast<typename Teacher::Type*>(t.teacher) + start,
+        t.shadow == nullptr ? nullptr : t.shadow + start, rate, count);
   }
   publish();
 }

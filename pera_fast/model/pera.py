@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pera_fast import ops
 from pera_fast.config import Config
+from pera_fast.model.shard import by_rows
 from pera_fast.model.vit import Groups, Head, Subset, VisionTransformer
 
 
@@ -135,6 +136,13 @@ class PerA(nn.Module):
         cls, targets = normed.split([len(cls_rows), len(target_rows)])
         return self.student.cls_head(cls), self.pixel_head.last_layer(self.pixel_head(targets))
 
+    @torch.no_grad()
+    def student_z(self, patches: Patches, subsets: Sequence[Subset]) -> Tensor:
+        """z of the global crops alone, [num_global, images, bottleneck], without gradient."""
+        z, _ = self.student_forward(patches, subsets)
+        num_global = self.config.crops.num_global
+        return z[: len(patches.groups[0].student)].unflatten(0, (num_global, -1))
+
     def teacher_forward(self, patches: Patches) -> Tensor:
         """z [crops × images, bottleneck] unit rows, without gradient."""
         backbone, groups = self.teacher.backbone, patches.groups
@@ -150,11 +158,12 @@ class PerA(nn.Module):
         self,
         patches: Patches,
         subsets: Sequence[Subset],
-        teacher_temperature: float,
+        teacher_temperature: float | Tensor,
         whole_batch: Callable[[Tensor], Tensor] | None = None,
     ) -> Losses:
         """Losses of one batch, subsets from `draw_subsets`.
 
+        teacher_temperature: a number or a tensor [], of which a graph reads the value anew.
         whole_batch: given this pass's student z of the global crops, [num_global, images, bottleneck], the
         same of the optimiser step's whole batch, for KoLeo (see `join_whole_batch`); None: it is the whole.
         """
@@ -163,14 +172,13 @@ class PerA(nn.Module):
         z_student, predicted = self.student_forward(patches, subsets)
         v, g = self.student.prototypes()
         batch = len(patches.groups[0].student) // crops.num_global
-        centre = self.centre
+        # (z · w - centre) / temperature, divided beforehand: the ops take the temperature as a number.
+        sharp, centre = z_teacher / teacher_temperature, self.centre / teacher_temperature
         if optim.centring == "sinkhorn":
-            centre = ops.sinkhorn_centre(
-                z_teacher, *self.teacher.prototypes(), teacher_temperature, optim.sinkhorn_iterations
-            )
+            centre = ops.sinkhorn_centre(sharp, *self.teacher.prototypes(), 1.0, optim.sinkhorn_iterations)
         distill = ops.distill_loss(
-            z_student, z_teacher, (v, g), self.teacher.prototypes(), centre, optim.student_temperature,
-            teacher_temperature, [batch] * (len(z_student) // batch),
+            z_student, sharp, (v, g), self.teacher.prototypes(), centre, optim.student_temperature, 1.0,
+            [batch] * (len(z_student) // batch),
         )  # fmt: skip
 
         z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
@@ -186,7 +194,8 @@ class PerA(nn.Module):
     @torch.no_grad()
     def next_centre(self, z_teacher_mean: Tensor) -> Tensor:
         """The centre that the next step uses: an EMA of the mean teacher logit. [bottleneck] -> [K]."""
-        mean = ops.mean_prototype_logit(z_teacher_mean, *self.teacher.prototypes())
+        v, g = self.teacher.prototypes()
+        mean = by_rows(lambda v, g: ops.mean_prototype_logit(z_teacher_mean, v, g), v, g)
         return torch.lerp(mean, self.centre, self.config.optim.centre_momentum)
 
     def _positions(self, backbone: VisionTransformer, groups: Sequence[CropGroup]) -> list[Tensor]:

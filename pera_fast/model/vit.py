@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,7 @@ from pera_fast.model.shadow import weight_of
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
 
-@dataclass(frozen=True)
-class Subset:
+class Subset(NamedTuple):
     """The rows one residual branch works on; all of them when rows is None."""
 
     groups: Groups
@@ -36,9 +34,36 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return ops.linear(x, weight_of(layer), layer.bias)
 
 
-class Attention(nn.Module):
-    """A branch of a block, in two halves: `enter` is its first product, `leave` the rest."""
+class Branch(nn.Module):
+    """Half of a block, in two parts: `enter` is its first product, `leave` the rest."""
 
+    def enter(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, groups: Groups, recompute: str, affine: tuple[Tensor, Tensor]) -> Tensor:
+        """[rows, D] -> [rows, D]. x: normalised; with `recompute`, before the norm's weight and bias, `affine`.
+
+        A checkpoint keeps its input alone and makes the rest again in the backward pass, but stops at the last
+        tensor that is needed: a product at its end is not taken twice.
+        """
+        if recompute == "none":
+            return self.leave(self.enter(x), groups)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        weight, bias = affine
+
+        def enter(x: Tensor) -> Tensor:
+            return self.enter(torch.addcmul(bias, x, weight).to(x.dtype))
+
+        if recompute == "blocks":
+            return again(lambda x: self.leave(enter(x), groups), x)
+        hidden = again(enter, x)
+        return again(self.leave, hidden, groups) if isinstance(self, Mlp) else self.leave(hidden, groups)
+
+
+class Attention(Branch):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -48,14 +73,12 @@ class Attention(nn.Module):
     def enter(self, x: Tensor) -> Tensor:
         return _linear(self.qkv, x)
 
-    def leave(self, qkv: Tensor, groups: Groups) -> Tensor:
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+    def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
+        qkv = hidden.unflatten(-1, (3, self.num_heads, -1))
         return _linear(self.proj, ops.packed_attention(qkv, groups).flatten(1))
 
 
-class Mlp(nn.Module):
-    """The other branch; see Attention."""
-
+class Mlp(Branch):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -66,25 +89,6 @@ class Mlp(nn.Module):
 
     def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
         return _linear(self.fc2, F.gelu(hidden))
-
-
-def _run(branch: Attention | Mlp, norm: nn.LayerNorm, x: Tensor, groups: Groups, recompute: str) -> Tensor:
-    """A branch on rows that are normalised, with `recompute` before the norm's weight and bias.
-
-    A checkpoint keeps its input alone and makes the rest again in the backward pass, but stops at the last
-    tensor that is needed: a product at its end is not taken twice.
-    """
-    if recompute == "none":
-        return branch.leave(branch.enter(x), groups)
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-    def enter(x: Tensor) -> Tensor:
-        return branch.enter(torch.addcmul(norm.bias, x, norm.weight).to(x.dtype))
-
-    if recompute == "blocks":
-        return again(lambda x: branch.leave(enter(x), groups), x)
-    hidden = again(enter, x)
-    return again(branch.leave, hidden, groups) if isinstance(branch, Mlp) else branch.leave(hidden, groups)
 
 
 class Block(nn.Module):
@@ -196,7 +200,7 @@ class VisionTransformer(nn.Module):
                 dtype=dtype,
                 inplace=True,
             )
-            output, last = _run(branch, norm, normed, subset.groups, recompute), subset
+            output, last = branch(normed, subset.groups, recompute, (norm.weight, norm.bias)), subset
         return x if output is None else ops.residual_add(x, output, last.rows, last.scale, inplace=True)
 
     def norm_rows(self, x: Tensor, rows: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def sinkhorn_centre(
     with torch.autocast(z.device.type, enabled=False):
         z, v, g = z.float(), v.float(), g.float()
         log_w, log_u = z.new_zeros(len(z)), z.new_empty(len(v))
-        rows = float(over_ranks(z.new_tensor([len(z)]), dist.ReduceOp.SUM))
+        rows = over_ranks(z.new_full((), len(z)), dist.ReduceOp.SUM)
         for _ in range(iterations):
             largest, total = z.new_full((len(z),), -torch.inf), z.new_zeros(len(z))
             for chunk, weight in _prototypes.weights(v, g, len(z)):
@@ -129,7 +129,7 @@ def sinkhorn_centre(
                 larger = torch.maximum(largest, x.amax(0))
                 total = total * (largest - larger).exp() + (x - larger).exp_().sum(0)
                 largest = larger
-            log_w = -(largest + total.log() + math.log(rows))
+            log_w = -(largest + total.log() + rows.log())
     return -tau * log_u
 
 

@@ -1,0 +1,60 @@
+"""A step recorded once as a CUDA graph and replayed: the host launches one thing instead of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+
+
+def record_on_gpu(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """(what `function` returned, what fills it anew). Nothing is computed yet.
+
+    The current stream must not be the default one: gradients are summed on the stream that made them.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: the loader's thread may pin memory meanwhile.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        output = function()
+    return output, graph.replay
+
+
+class StepGraph:
+    """`function(inputs)`, recorded on buffers of its own that are filled before each replay.
+
+    inputs: nested tuples and lists of tensors; what else is in them must be equal at every call. The function must
+    not wait for the device, and everything that changes from call to call must come in through a tensor. The
+    tensor it returns is overwritten by the next call.
+    """
+
+    def __init__(
+        self, function: Callable[[Any], Tensor], inputs: Any, record: Record = record_on_gpu
+    ) -> None:
+        leaves, self._structure = tree_flatten(inputs)
+        self._buffers = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        own = tree_unflatten(self._buffers, self._structure)
+        self._output, self._replay = record(lambda: function(own))
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """Raises ValueError for inputs of another structure, shape or dtype than those recorded."""
+        leaves, structure = tree_flatten(inputs)
+        if structure != self._structure:
+            raise ValueError("inputs: expected the structure of those recorded, got another")
+        for place, (buffer, x) in enumerate(zip(self._buffers, leaves, strict=True)):
+            if not isinstance(buffer, Tensor):
+                if x != buffer:
+                    raise ValueError(f"inputs: expected {buffer} as recorded in place {place}, got {x}")
+            elif (x.shape, x.dtype) != (buffer.shape, buffer.dtype):
+                raise ValueError(
+                    f"inputs: expected {buffer.dtype} {list(buffer.shape)} as recorded in place {place}, got "
+                    f"{x.dtype} {list(x.shape)}"
+                )
+        tensors = [(b, x) for b, x in zip(self._buffers, leaves, strict=True) if isinstance(b, Tensor)]
+        torch._foreach_copy_([b for b, _ in tensors], [x for _, x in tensors], non_blocking=True)
+        self._replay()
+        return self._output

@@ -1,0 +1,194 @@
+"""A recorded step: replayed, it is the step. CUDA's graphs are played here by a list of the operations and tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import needs_cuda, tiny_config
+from test_engine import ONE, assert_near, run, state
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pera_fast import engine as engine_module
+from pera_fast.config import Config
+from pera_fast.distributed import World
+from pera_fast.graph import StepGraph
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation with its very tensors; replaying does them again, into the tensors they had made.
+
+    Like a CUDA graph it keeps what the host put in as a number, and has no part in what the host does; unlike one
+    it computes while it records.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for a value"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for func, args, kwargs, first in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(first), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    with Recorder() as recorder:
+        output = function()
+    return output, recorder.replay
+
+
+def test_replayed_on_new_inputs() -> None:
+    weight = torch.ones(3)
+
+    def function(inputs: Any) -> Tensor:
+        (x, names), y = inputs
+        weight.add_(x.sum())
+        return (x * weight + y) * len(names)
+
+    graph = StepGraph(function, ((torch.zeros(3), ["a", "b"]), torch.zeros(())), record)
+    for i in range(1, 4):
+        x, before = torch.full((3,), float(i)), weight.clone()
+        got = graph(((x, ["a", "b"]), torch.tensor(0.5)))
+        assert torch.equal(got, (x * (before + 3 * i) + 0.5) * 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        (
+            (torch.zeros(3), 2),
+            r"expected torch.float32 \[2\] as recorded in place 0, got torch.float32 \[3\]",
+        ),
+        ((torch.zeros(2, dtype=torch.float64), 2), "got torch.float64"),
+        ((torch.zeros(2), 3), "expected 2 as recorded in place 1, got 3"),
+        ((torch.zeros(2), 2, 2), "structure"),
+    ],
+)
+def test_other_inputs_than_recorded_are_refused(inputs: Any, sentence: str) -> None:
+    graph = StepGraph(lambda inputs: inputs[0] * 2, (torch.zeros(2), 2), record)
+    with pytest.raises(ValueError, match=sentence):
+        graph(inputs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run": {"precision": "fp32", "batch_size": 4}},
+        {"run": {"precision": "bf16", "batch_size": 2, "accumulate": 2}},
+        {"model": {"activation": "blocks"}, "optim": {"centring": "sinkhorn"}},
+    ],
+)
+def test_training_through_the_graph_is_training(
+    image_folder: Path, changes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedules, masks, subsets and pixels all reach the recorded step: it equals the plain one to the bit."""
+    config = tiny_config()
+    # Rates that change from step to step, subsets that are drawn.
+    config = replace(config, model=replace(config.model, drop_path=0.5))
+    config = replace(config, optim=replace(config.optim, decay_all=False, warmup_epochs=2))
+    for section, values in changes.items():
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    plain, plain_reports = run(image_folder, config, 6)
+
+    monkeypatch.setattr(engine_module, "StepGraph", lambda f, inputs: StepGraph(f, inputs, record))
+    recorded, reports = run(image_folder, config, 2)
+    before = {key: value.clone() for key, value in state(recorded).items()}
+    recorded._steps_to_record = 0
+    calls = []
+    update = recorded._update
+    monkeypatch.setattr(recorded, "_update", lambda parts: calls.append(len(parts)) or update(parts))
+    with torch.no_grad():  # the recording computes, as a GPU's does not
+        inputs = recorded._inputs(2, _batches(image_folder, config, recorded))
+    assert recorded._record(inputs)
+    _put_back(recorded, before)
+    _, later = run(image_folder, config, 6, start=2, engine=recorded)
+    assert len(calls) == 1, "the steps are replayed, not taken"
+    for key, value in state(plain).items():
+        assert torch.equal(state(recorded)[key], value), key
+    assert [r.losses for r in reports + later] == [r.losses for r in plain_reports]
+
+
+def _batches(folder: Path, config: Config, engine: Any) -> list[Any]:
+    from pera_fast.data.loader import WindowDataset, make_loader
+    from pera_fast.data.sources import scan
+
+    loader = make_loader(WindowDataset(scan(folder), engine.statistics, config), 2, 3)
+    return [next(loader) for _ in range(config.run.accumulate)]
+
+
+@torch.no_grad()
+def _put_back(engine: Any, before: dict[str, Tensor]) -> None:
+    """Undo the step that was taken while it was recorded."""
+    now = state(engine)
+    for key, value in before.items():
+        now[key].copy_(value)
+    for shadow in engine.optimizer._shadows.values():
+        shadow.copy.copy_(shadow.weight)
+        shadow.mark()
+
+
+def test_where_recording_fails_steps_go_on(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(function: Any, inputs: Any) -> None:
+        function(inputs)  # as far as it came
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    config = tiny_config()
+    plain, _ = run(image_folder, config, 4)
+    engine, _ = run(image_folder, config, 2)
+    engine._steps_to_record = 0
+    monkeypatch.setattr(engine_module, "StepGraph", fail)
+    monkeypatch.setattr(engine, "_update", lambda parts: None)
+    caplog.set_level(logging.WARNING, "pera_fast")
+    assert not engine._record(engine._inputs(2, _batches(image_folder, config, engine)))
+    monkeypatch.undo()
+    run(image_folder, config, 4, start=2, engine=engine)
+    assert_near(state(engine), state(plain), 0)
+    assert caplog.messages == [
+        "the step is not recorded in a CUDA graph: operation not permitted when stream is capturing"
+    ]
+
+
+def test_only_what_can_be_recorded_is(image_folder: Path) -> None:
+    statistics = run(image_folder, tiny_config(), 0)[0].statistics
+    for on_cpu in (tiny_config(), tiny_config(cuda_graph=False)):
+        assert engine_module.Engine(on_cpu, statistics, ONE)._steps_to_record == float("inf")
+
+
+@needs_cuda
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_recorded_on_a_gpu(image_folder: Path, accumulate: int) -> None:
+    """Fifteen steps with the graph from the twelfth on are fifteen steps without it."""
+    torch.cuda.set_stream(torch.cuda.Stream())
+    on = World(0, 1, torch.device("cuda"))
+    runs = [
+        run(
+            image_folder,
+            tiny_config(
+                device="cuda", cuda_graph=graph, precision="bf16", batch_size=4, accumulate=accumulate
+            ),
+            15,
+            on=on,
+        )
+        for graph in (True, False)
+    ]
+    assert runs[0][0]._graph is not None and runs[1][0]._graph is None
+    assert_near(state(runs[0][0]), state(runs[1][0]), 1e-4)

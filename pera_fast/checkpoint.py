@@ -3,7 +3,11 @@
     checkpoints/step_00001000/
         model.safetensors      student, teacher, heads, mask token, centre
         optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME, step.NAME
-        state.json             step, config, statistics, versions
+        state.json             step, config, statistics, versions, the sizes of the other files
+
+Where the model is shared out over ranks, each writes its share of all these tensors to one file instead,
+shard-….safetensors, through torch.distributed.checkpoint. Either kind is read on any number of ranks, sharing the
+model out or not.
 
 All randomness follows from (seed, step), so the step is also the state of every random generator and the
 position in the stream of images.
@@ -14,22 +18,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 import pera_fast
 from pera_fast.config import Config, ConfigError, from_dict, to_dict
 from pera_fast.data.statistics import Statistics
+from pera_fast.distributed import World
 from pera_fast.model.pera import PerA
 from pera_fast.model.vit import VisionTransformer
 from pera_fast.optim import TeacherOptimizer
 
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_FORMAT = 2
+_STATE = "state.json"
 _PREFIX = "step_"
 
 
@@ -41,13 +49,15 @@ def save(
     config: Config,
     statistics: Statistics,
     keep: int,
+    world: World,
 ) -> Path:
-    """Write the checkpoint of `step` completed steps into `folder`, then drop all but the newest `keep`."""
+    """Write the checkpoint of `step` completed steps into `folder`, then drop all but the newest `keep`.
+
+    Every rank calls it; the first writes what is not shared out.
+    """
     target = folder / f"{_PREFIX}{step:08d}"
-    partial = folder / f".partial_{step:08d}_{os.getpid()}"
-    for left_over in folder.glob(".partial_*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = Path(world.share(str(folder / f".partial_{step:08d}_{os.getpid()}")))
+    weights = dict(model.state_dict())
     moments = {
         f"{key}.{name}": value
         for name, parameter, _ in model.ema_pairs()
@@ -57,37 +67,68 @@ def save(
     for i, group in enumerate(optimizer.param_groups):
         if "step" in group:
             moments[f"step.group{i}"] = torch.as_tensor(group["step"])
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _FILES[0])
-    save_file({k: v.contiguous() for k, v in moments.items()}, partial / _FILES[1])
+    if world.is_first:
+        for left_over in folder.glob(".partial_*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial.mkdir(parents=True)
+    if any(hasattr(value, "to_local") for value in weights.values()):
+        _save_shares({**weights, **moments}, partial)
+    elif world.is_first:
+        for name, tensors in (("model", weights), ("optimizer", moments)):
+            file = partial / f"{name}.safetensors"
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+    if world.is_first:
+        _complete(partial, target, step, config, statistics)
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def _save_shares(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Returns on no rank before every rank has written its share."""
+    # Imported where they are used: they take a second.
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def _complete(partial: Path, target: Path, step: int, config: Config, statistics: Statistics) -> None:
+    """Add state.json to a folder of tensors, and give it its name once the disk holds all of it."""
+    files = sorted(partial.iterdir())
     state = {
-        "format": 1,
+        "format": _FORMAT,
         "step": step,
         "config": to_dict(config),
         "statistics": json.loads(statistics.to_json()),
         "versions": {"pera_fast": pera_fast.__version__, "torch": torch.__version__},
+        "files": {file.name: file.stat().st_size for file in files},
     }
-    (partial / _FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for name in _FILES:
-        _sync(partial / name)
+    (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in [*files, partial / _STATE]:
+        _sync(file)
     if target.exists():  # the same step again, e.g. after a resume at the very end
         shutil.rmtree(target)
     partial.rename(target)
-    _sync(folder)
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+    _sync(target.parent)
 
 
 def complete(folder: Path) -> list[Path]:
     """Whole checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob(f"{_PREFIX}*") if all((p / name).is_file() for name in _FILES)]
-    return sorted(found)
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if _is_whole(p))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = json.loads((path / _STATE).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def newest(path: str | Path) -> Path:
     """The newest checkpoint of a run folder, or `path` itself when it is one. ConfigError if there is none."""
     path = Path(path)
-    if all((path / name).is_file() for name in _FILES):
+    if _is_whole(path):
         return path
     for folder in (path / "checkpoints", path):
         if found := complete(folder):
@@ -109,63 +150,90 @@ class Checkpoint:
         """Read state.json of the newest checkpoint under `path`; ConfigError when it cannot be used."""
         path = newest(path)
         try:
-            state: dict[str, Any] = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+            state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            if state["format"] != _FORMAT:
+                raise ValueError(f"expected format {_FORMAT}, got {state['format']}")
             statistics = Statistics.from_json(json.dumps(state["statistics"]))
             return cls(path, int(state["step"]), from_dict(state["config"]), statistics)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"checkpoint: {path} cannot be read: {error}") from None
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+    def shapes(self) -> dict[str, torch.Size]:
+        """Every tensor's name and shape; ConfigError when they cannot be read."""
         try:
-            return load_file(self.path / name)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"checkpoint: {self.path / name} cannot be read: {error}") from None
+            found = self._reader().read_metadata().state_dict_metadata
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ConfigError(f"checkpoint: {self.path} cannot be read: {error}") from None
+        return {name: tensor.size for name, tensor in found.items()}
+
+    def load(self, into: dict[str, Tensor]) -> None:
+        """Fill tensors, each rank its share; ConfigError naming those that are not there in their shape."""
+        import torch.distributed.checkpoint as dcp
+
+        shapes = self.shapes()
+        if wrong := [name for name, x in into.items() if shapes.get(name) != x.shape]:
+            raise ConfigError(
+                f"checkpoint: {self.path} does not fit this config: {_misfits(wrong, into, shapes)}"
+            )
+        with warnings.catch_warnings():
+            # Every rank reads for itself, which torch warns of: to agree first would need all of them, even for
+            # the teacher alone.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(dict(into), storage_reader=self._reader(), no_dist=True)
 
     def restore(self, model: PerA, optimizer: TeacherOptimizer) -> None:
         """Load everything a run goes on from. ConfigError when model and checkpoint do not fit."""
-        try:
-            model.load_state_dict(self.tensors(_FILES[0]), strict=True)
-        except RuntimeError as error:
+        shapes = self.shapes()
+        weights = dict(model.state_dict())
+        is_moment = tuple(f"{key}." for key in ("exp_avg", "exp_avg_sq", "step"))
+        unknown = [name for name in shapes if name not in weights and not name.startswith(is_moment)]
+        if unknown:
             raise ConfigError(
-                f"checkpoint: {self.path} does not fit this config: {_one_line(error)}"
-            ) from None
-        moments = self.tensors(_FILES[1])
+                f"checkpoint: {self.path} does not fit this config: it has {_few(unknown)}, which this model has not"
+            )
+        groups = optimizer.state_dict()["param_groups"]
+        counts = {
+            i: torch.zeros(shapes[name], dtype=torch.int64)
+            for i in range(len(groups))
+            if (name := f"step.group{i}") in shapes
+        }
+        keys = ("exp_avg", "exp_avg_sq") if counts else ("exp_avg", "exp_avg_sq", "step")
         names = {parameter: name for name, parameter, _ in model.ema_pairs()}
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        wanted = ("exp_avg", "exp_avg_sq") if "step.group0" in moments else ("exp_avg", "exp_avg_sq", "step")
-        for i, parameter in enumerate(ordered):
-            name = names[parameter]
-            found = {key: moments[f"{key}.{name}"] for key in wanted if f"{key}.{name}" in moments}
-            if not found:
-                continue  # it never had a gradient
-            for key in wanted:
-                shape = torch.Size() if key == "step" else parameter.shape
-                if key not in found or found[key].shape != shape:
-                    raise ConfigError(f"checkpoint: {self.path / _FILES[1]} has no fitting {key} of {name}")
-            state[i] = found
-        groups = optimizer.state_dict()["param_groups"]
-        for i, group in enumerate(groups):
-            if f"step.group{i}" in moments:
-                group["step"] = int(moments[f"step.group{i}"])
+        state = {
+            i: {key: torch.zeros(()) if key == "step" else torch.zeros_like(p.detach()) for key in keys}
+            for i, p in enumerate(ordered)
+            if any(f"{key}.{names[p]}" in shapes for key in keys)  # else it never had a gradient
+        }
+        moments = {
+            f"{key}.{names[ordered[i]]}": x for i, values in state.items() for key, x in values.items()
+        }
+        self.load({**weights, **moments, **{f"step.group{i}": count for i, count in counts.items()}})
+        for i, count in counts.items():
+            groups[i]["step"] = int(count)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone in evaluation mode, on the CPU."""
-        prefix = "teacher.backbone."
-        weights = {
-            k.removeprefix(prefix): v for k, v in self.tensors(_FILES[0]).items() if k.startswith(prefix)
-        }
         backbone = VisionTransformer(self.config.model, self.config.crops.global_px)
-        try:
-            backbone.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise ConfigError(f"checkpoint: {self.path} has no whole teacher: {_one_line(error)}") from None
+        self.load({f"teacher.backbone.{name}": value for name, value in backbone.state_dict().items()})
         return backbone.eval().requires_grad_(False)
 
+    def _reader(self) -> Any:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        return HuggingFaceStorageReader(str(self.path))
+
+
+def _misfits(names: list[str], wanted: dict[str, Tensor], shapes: dict[str, torch.Size]) -> str:
+    first = names[0]
+    expected, got = list(wanted[first].shape), list(shapes[first]) if first in shapes else "nothing"
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"expected {first} of shape {expected}, got {got}{others}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from sklearn.neighbors import KNeighborsClassifier
 
 from pera_fast import _cli
 from pera_fast.checkpoint import Checkpoint
@@ -161,6 +160,8 @@ def knn(
     if k > len(train.labels):
         _log.warning("k = %d is more than the train images: using all %d", k, len(train.labels))
         k = len(train.labels)
+    from sklearn.neighbors import KNeighborsClassifier  # takes a second
+
     classifier = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=_votes)
     classifier.fit(train.cls.numpy(), train.labels)
     right = classifier.predict(val.cls.numpy()) == np.array(val.labels)

@@ -29,7 +29,6 @@ from pera_fast.distributed import World
 from pera_fast.engine import Engine, StepReport
 from pera_fast.evaluate import check_tiles, class_folder_tiles, compare_with_untrained, knn, scene_halves
 from pera_fast.features import Tile
-from pera_fast.report import write_report
 from pera_fast.schedules import Schedules, StepValues
 
 _log = logging.getLogger("pera_fast")
@@ -123,10 +122,10 @@ class Run:
             )
         # Weights that the next step could not use must not push a good checkpoint out.
         due = done % run.checkpoint_every == 0 and not report.skipped
-        if self.world.is_first and (due or done == self.total_steps):
+        if due or done == self.total_steps:
             checkpoint.save(
                 self.out / "checkpoints", done, self.engine.model, self.engine.optimizer, self.config,
-                self.statistics, run.keep_checkpoints,
+                self.statistics, run.keep_checkpoints, self.world,
             )  # fmt: skip
         if run.eval_every and done % run.eval_every == 0:
             self._evaluate_now(done)
@@ -148,6 +147,8 @@ class Run:
                 "k-NN top-1 %.1f %%, untrained network %.1f %%",
                 100 * result["top1"], 100 * result["untrained_top1"],
             )  # fmt: skip
+        from pera_fast.report import write_report  # with matplotlib and scikit-learn: seconds
+
         path = write_report(
             self.out, backbone=teacher, config=self.config, statistics=self.statistics,
             scenes=self.index.scenes,

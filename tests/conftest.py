@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from pera_fast.config import PRESETS, Config, CropConfig, ModelConfig, OptimConfig
+from pera_fast.distributed import World
 from pera_fast.ops import _library
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+ONE = World(0, 1, torch.device("cpu"))
 needs_cuda = pytest.mark.skipif(_library.why_no_cuda() is not None, reason=f"cuda: {_library.why_no_cuda()}")
 
 
@@ -66,6 +69,29 @@ def run_module(*arguments: object, **environment: str) -> subprocess.CompletedPr
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def several_ranks(file: str, ranks: int, *arguments: object, per_node: int | None = None) -> None:
+    """Run a test file's `__main__` with the arguments on each rank; per_node: of this many ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node or ranks), "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, file, *map(str, arguments)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % (per_node or ranks))},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        assert [p.wait(timeout=200) for p in processes] == [0] * ranks
+    finally:
+        for p in processes:
+            p.kill()
 
 
 def three_way(

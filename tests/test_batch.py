@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import needs_cuda, run_module, tiny_config
-from test_engine import ONE, assert_near, run, state
+from conftest import ONE, needs_cuda, run_module, tiny_config
+from test_engine import assert_near, run, state
 from test_train import SMALL, lines
 
 from pera_fast.batch import Fit, choose, fit, fit_on_cpu, fit_on_gpu, share_out

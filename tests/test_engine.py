@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ONE, several_ranks, tiny_config
 
 from pera_fast import checkpoint
 from pera_fast.config import Config
@@ -25,8 +22,6 @@ from pera_fast.engine import Engine, StepReport
 from pera_fast.model.shard import whole
 from pera_fast.plan import synthetic_patches
 from pera_fast.schedules import Schedules
-
-ONE = World(0, 1, torch.device("cpu"))
 
 
 def run(
@@ -97,7 +92,7 @@ def test_resume_is_bit_exact(image_folder: Path, tmp_path: Path, drop_path: floa
     config = replace(config, model=replace(config.model, drop_path=drop_path))
     straight, _ = run(image_folder, config, 6)
     first, _ = run(image_folder, config, 3)
-    checkpoint.save(tmp_path, 3, first.model, first.optimizer, config, first.statistics, keep=2)
+    checkpoint.save(tmp_path, 3, first.model, first.optimizer, config, first.statistics, keep=2, world=ONE)
     opened = checkpoint.Checkpoint.open(tmp_path)
     again = Engine(opened.config, opened.statistics, ONE)
     opened.restore(again.model, again.optimizer)
@@ -173,29 +168,6 @@ def test_a_step_that_is_not_finite_changes_nothing(
 # --- several ranks on the CPU ---
 
 
-def several_ranks(ranks: int, *arguments: object, per_node: int | None = None) -> None:
-    """Run this file's `__main__` on each rank, with the arguments."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {
-        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node or ranks), "MASTER_PORT": port,
-        "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, *map(str, arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % (per_node or ranks))},
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        assert [p.wait(timeout=200) for p in processes] == [0] * ranks
-    finally:
-        for p in processes:
-            p.kill()
-
-
 def _train_and_save(folder: str, out: str, options: str) -> None:
     """Body of one rank: three steps, then rank 0 saves the state, whole."""
     with world("cpu") as on:
@@ -232,7 +204,7 @@ def test_several_ranks_equal_one(
 ) -> None:
     options = {"batch_size": 4, **options}
     out = tmp_path / "several.pt"
-    several_ranks(ranks, image_folder, out, json.dumps(options), per_node=per_node)
+    several_ranks(__file__, ranks, image_folder, out, json.dumps(options), per_node=per_node)
     several: dict[str, Any] = torch.load(out, weights_only=True)
     one, reports = run(image_folder, tiny_config(batch_size=8), 3)
     is_exact = options.get("reduce_in") != "bf16"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_module, tiny_config
+from conftest import ONE, run_module, tiny_config
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,7 +19,6 @@ from pera_fast import _cli, checkpoint, evaluate
 from pera_fast.config import ConfigError
 from pera_fast.data.sources import DataError, open_scene, read_window
 from pera_fast.data.statistics import Statistics
-from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.features import Tile, extract, to_input
 
@@ -61,11 +60,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose teacher is not what it started from."""
     run = tmp_path_factory.mktemp("run")
-    engine = Engine(CONFIG, STATISTICS, World(0, 1, CPU))
+    engine = Engine(CONFIG, STATISTICS, ONE)
     with torch.no_grad():
         for parameter in engine.model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    checkpoint.save(run / "checkpoints", 3, engine.model, engine.optimizer, CONFIG, STATISTICS, keep=1)
+    checkpoint.save(
+        run / "checkpoints", 3, engine.model, engine.optimizer, CONFIG, STATISTICS, keep=1, world=ONE
+    )
     return run
 
 
@@ -162,7 +163,7 @@ def test_untrained_backbone_is_where_a_run_starts() -> None:
     state = torch.get_rng_state()
     untrained = evaluate.untrained_backbone(CONFIG).state_dict()
     assert torch.equal(state, torch.get_rng_state())
-    teacher = Engine(CONFIG, STATISTICS, World(0, 1, CPU)).model.teacher.backbone.state_dict()
+    teacher = Engine(CONFIG, STATISTICS, ONE).model.teacher.backbone.state_dict()
     assert untrained.keys() == teacher.keys()
     for name, value in teacher.items():
         assert torch.equal(untrained[name], value), name

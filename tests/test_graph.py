@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import needs_cuda, tiny_config
-from test_engine import ONE, assert_near, run, state
+from conftest import ONE, needs_cuda, tiny_config
+from test_engine import assert_near, run, state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

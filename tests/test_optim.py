@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ONE, tiny_config
 from test_engine import assert_near, run, state
 from torch import Tensor, nn
 
 from pera_fast import checkpoint
 from pera_fast.config import ConfigError
-from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.model.shadow import give_shadows, shadows_of
 from pera_fast.optim import OPTIMIZERS, AdamWEMA, apex, make
@@ -209,10 +208,17 @@ def test_a_checkpoint_of_one_optimizer_is_gone_on_from_with_another(
     for stop, name in ((4, "torch_adamw"), (6, "adamw_ema")):
         start = stop - 2
         checkpoint.save(
-            tmp_path, start, engine.model, engine.optimizer, configs[name], engine.statistics, keep=2
+            tmp_path,
+            start,
+            engine.model,
+            engine.optimizer,
+            configs[name],
+            engine.statistics,
+            keep=2,
+            world=ONE,
         )
         opened = checkpoint.Checkpoint.open(tmp_path)
-        engine = Engine(opened.config, opened.statistics, World(0, 1, torch.device("cpu")))
+        engine = Engine(opened.config, opened.statistics, ONE)
         opened.restore(engine.model, engine.optimizer)
         run(image_folder, opened.config, stop, start=start, engine=engine)
     assert_near(state(engine), state(straight), 1e-5)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import tiny_config
+from conftest import ONE, tiny_config
 from PIL import Image
 
 from pera_fast import _cli, checkpoint, report
@@ -22,12 +22,10 @@ from pera_fast.config import Config
 from pera_fast.data.loader import WindowDataset, collate
 from pera_fast.data.sources import Scene, SceneIndex, scan
 from pera_fast.data.statistics import Statistics, compute_statistics
-from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.evaluate import untrained_backbone
 
 SECTIONS = ("summary", "losses", "schedules", "masks", "views", "features")
-WORLD = World(0, 1, torch.device("cpu"))
 
 
 def line(step: int, **changed: object) -> dict[str, object]:
@@ -164,7 +162,7 @@ def test_crop_is_the_one_that_the_run_trains_on(tmp_path: Path) -> None:
     pair = report.first_crop(config, statistics, scenes)
     dataset = WindowDataset(SceneIndex(scenes, []), statistics, config)
     batch = collate([dataset[i] for i in range(config.run.batch_size)])
-    trained = Engine(config, statistics, WORLD).patches(0, 0, batch)
+    trained = Engine(config, statistics, ONE).patches(0, 0, batch)
     masks = trained.groups[0]
     _, crop, index = report._choose_crop(config, statistics, scenes)
     image = index // (config.crops.num_global + config.crops.num_local)
@@ -201,9 +199,11 @@ def test_command_writes_the_page_of_a_run(
     config = setting(3)
     config = replace(config, data=replace(config.data, data=str(tmp_path / "images")))
     statistics = statistics_of(scenes, 3)
-    engine = Engine(config, statistics, WORLD)
+    engine = Engine(config, statistics, ONE)
     run = tmp_path / "run"
-    checkpoint.save(run / "checkpoints", 1, engine.model, engine.optimizer, config, statistics, keep=1)
+    checkpoint.save(
+        run / "checkpoints", 1, engine.model, engine.optimizer, config, statistics, keep=1, world=ONE
+    )
     monkeypatch.setattr("sys.argv", ["report", str(run)])
     _cli.run(report.main)
     assert capsys.readouterr().out == f"{run / 'report.html'}\n" and (run / "report.html").is_file()

@@ -22,8 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 BACKENDS = ("reference", "torch", "cpp", "cuda", "triton", "xformers")
 _DEVICES = {
     "reference": None,
@@ -86,7 +84,6 @@ def requested(op: str) -> str:
     return choice
 
 
-@torch.compiler.assume_constant_result
 def resolve(op: str, device_type: str) -> Implementation:
     """The implementation of `op` for tensors on `device_type` ("cpu" or "cuda").
 
@@ -112,6 +109,10 @@ def resolve(op: str, device_type: str) -> Implementation:
         if needs == device_type:
             skipped.append(f"{implementation.backend} {reason}")
     raise BackendError(f"{op}: no backend is usable for {device_type} tensors")
+
+
+# What torch.compiler.assume_constant_result does once it has imported the compiler, which takes two seconds.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def function(op: str, device_type: str) -> Callable[..., Any]:

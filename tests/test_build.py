@@ -216,8 +216,14 @@ def test_architectures(monkeypatch):
         setup.cuda_archs("nvcc")
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Compiled files that builds of this module share."""
+    return tmp_path_factory.mktemp("objects")
+
+
 @pytest.mark.parametrize("require", [False, True])
-def test_failed_cuda_build_keeps_the_cpu_library(require, tmp_path):
+def test_failed_cuda_build_keeps_the_cpu_library(require, tmp_path, objects):
     """With an nvcc that fails, the build warns and goes on, unless CUDA is required."""
     nvcc = tmp_path / "cuda/bin/nvcc"
     nvcc.parent.mkdir(parents=True)

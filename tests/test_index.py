@@ -17,6 +17,7 @@ from test_train import SMALL
 
 from pera_fast.data import index as index_module
 from pera_fast.data.index import SceneTable, dtype_codes, scan_or_open, window_counts, write
+from pera_fast.data.shards import Place
 from pera_fast.data.sources import DataError, Scene, scan
 from pera_fast.data.statistics import plan_windows
 
@@ -25,6 +26,7 @@ SCENES = [
     Scene("/data/b/ä.tif", 900, 10, 4, "uint16", 0.0),
     Scene("/data/b/" + os.fsdecode(b"\xff.tif"), 70000, 513, 13, "float32", math.nan),
     Scene("/data/c.png", 512, 512, 1, "uint8", -9999.0),
+    Scene("/data/d.tar/../é/x.jpg", 5, 6, 3, "uint8", None, Place("/data/d.tar", 2**33 + 512, 1999)),
 ]
 
 
@@ -39,10 +41,10 @@ def table(tmp_path: Path) -> SceneTable:
 
 
 def test_scenes_come_back_as_they_went(table: SceneTable) -> None:
-    assert len(table) == 4 and all(same(a, b) for a, b in zip(table, SCENES, strict=True))
-    assert same(table[-1], SCENES[3]) and [s.path for s in table[1:3]] == [s.path for s in SCENES[1:3]]
+    assert len(table) == 5 and all(same(a, b) for a, b in zip(table, SCENES, strict=True))
+    assert same(table[-1], SCENES[4]) and [s.path for s in table[1:3]] == [s.path for s in SCENES[1:3]]
     with pytest.raises(IndexError):
-        table[4]
+        table[5]
     assert table.bad == [("/data/" + os.fsdecode(b"\xfe"), "empty file")]
     again = pickle.loads(pickle.dumps(table))
     assert len(pickle.dumps(table)) < 500 and same(again[2], SCENES[2]), (
@@ -51,10 +53,10 @@ def test_scenes_come_back_as_they_went(table: SceneTable) -> None:
 
 
 def test_columns_are_those_of_the_list(table: SceneTable) -> None:
-    assert window_counts(table, 512).tolist() == window_counts(SCENES, 512).tolist() == [1, 2, 137 * 2, 1]
+    assert window_counts(table, 512).tolist() == window_counts(SCENES, 512).tolist() == [1, 2, 137 * 2, 1, 1]
     for scenes in (table, SCENES):
         names, codes = dtype_codes(scenes)
-        assert [names[code] for code in codes] == ["uint8", "uint16", "float32", "uint8"]
+        assert [names[code] for code in codes] == ["uint8", "uint16", "float32", "uint8", "uint8"]
     plans = [plan_windows(scenes, 3, 512, seed=0) for scenes in (table, SCENES)]
     assert [(s.path, w) for s, w in plans[0]] == [(s.path, w) for s, w in plans[1]]
 
@@ -86,8 +88,8 @@ def test_what_cannot_be_used_is_refused(table: SceneTable, tmp_path: Path) -> No
         SceneTable(tmp_path)
     rows = table.folder / "rows.bin"
     whole = rows.read_bytes()
-    rows.write_bytes(whole[: -len(whole) // 4])
-    with pytest.raises(DataError, match="index: expected format 1, whole"):
+    rows.write_bytes(whole[: -len(whole) // len(SCENES)])
+    with pytest.raises(DataError, match="index: expected format 2, whole"):
         SceneTable(table.folder)
     rows.write_bytes(whole[:-3])
     with pytest.raises(DataError, match="index: .* cannot be read"):

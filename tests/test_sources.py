@@ -729,7 +729,7 @@ def test_jpeg_beyond_the_limit_is_refused_before_it_is_decoded(
     path = save(tmp_path / "a.jpg", noise(8, 9, 3))
     monkeypatch.setattr(sources, "MAX_DECODED_PIXELS", 71)
     with pytest.raises(UnreadableImage, match="71 that are decoded at once"):
-        sources._decode(str(path), "JPEG")
+        sources._decode(str(path), None, "JPEG")
 
 
 def test_unreadable_image_survives_pickling() -> None:

@@ -2,8 +2,8 @@
 
     index/
         index.json    format, root, the dtypes and nodata values that rows refer to, unreadable files
-        rows.bin      one row per scene, in path order
-        text.bin      the paths below root, one after the other, as bytes
+        rows.bin      one row per scene, in path order; shard: 0, or 1 + bytes of its text that name its tar shard
+        text.bin      what follows root in their paths, one after the other, as bytes
 
 Rows and text are mapped into memory, so processes of a machine share what they read of them.
 """
@@ -19,12 +19,16 @@ from typing import Any, overload
 
 import numpy as np
 
+from pera_fast.data.shards import Place
 from pera_fast.data.sources import DataError, Scene, SceneIndex, printable, scan
 
-_FORMAT = 1
+_FORMAT = 2
 _ROW = np.dtype(
-    [("end", "u8"), ("height", "u4"), ("width", "u4"), ("num_bands", "u2"), ("dtype", "u1"), ("nodata", "u2")]
-)
+    [
+        ("end", "u8"), ("height", "u4"), ("width", "u4"), ("num_bands", "u2"), ("dtype", "u1"), ("nodata", "u2"),
+        ("shard", "u2"), ("start", "u8"), ("size", "u8"),
+    ]
+)  # fmt: skip
 
 
 class SceneTable(Sequence[Scene]):
@@ -59,12 +63,17 @@ class SceneTable(Sequence[Scene]):
     def __getitem__(self, place: int | slice) -> Scene | list[Scene]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        place = range(len(self))[place]  # counts from the end, or an IndexError
-        row = self._rows[place]
-        start = int(self._rows[place - 1]["end"]) if place else 0
-        name = os.fsdecode(self._text[start : int(row["end"])].tobytes())
+        number = range(len(self))[place]  # counts from the end, or an IndexError
+        row = self._rows[number]
+        start = int(self._rows[number - 1]["end"]) if number else 0
+        text = self._text[start : int(row["end"])].tobytes()
+        member = None
+        if row["shard"]:
+            shard = self.root + os.fsdecode(text[: int(row["shard"]) - 1])
+            member = Place(shard, int(row["start"]), int(row["size"]))
         return Scene(
-            path=os.path.join(self.root, name) if name else self.root,
+            path=self.root + os.fsdecode(text),
+            place=member,
             height=int(row["height"]),
             width=int(row["width"]),
             num_bands=int(row["num_bands"]),
@@ -80,6 +89,12 @@ class SceneTable(Sequence[Scene]):
     def column(self, name: str) -> np.ndarray:
         """height, width, num_bands or dtype of every scene."""
         return self._rows[name]
+
+
+def _after(root: str, path: str) -> bytes:
+    if not path.startswith(root):
+        raise ValueError(f"scenes: expected paths that begin with {printable(root)}, got {printable(path)}")
+    return os.fsencode(path[len(root) :])
 
 
 def window_counts(scenes: Sequence[Scene], window_px: int) -> np.ndarray:
@@ -115,12 +130,12 @@ def write(
     try:
         with (partial / "rows.bin").open("wb") as rows, (partial / "text.bin").open("wb") as text:
             for scene in scenes:
-                end += text.write(
-                    b"" if scene.path == root else os.fsencode(os.path.relpath(scene.path, root))
-                )
+                place = scene.place or Place("", 0, 0)
+                end += text.write(_after(root, scene.path))
                 row = (
                     end, scene.height, scene.width, scene.num_bands, dtypes.setdefault(scene.dtype, len(dtypes)),
                     nodata.setdefault(repr(scene.nodata), len(nodata)),
+                    1 + len(_after(root, place.shard)) if scene.place else 0, place.start, place.size,
                 )  # fmt: skip
                 rows.write(np.array(row, _ROW).tobytes())
         facts = {

@@ -1,4 +1,4 @@
-"""Finding images in a folder and reading windows of them: JPEG, PNG, TIFF and GeoTIFF, 8 bit to float.
+"""Finding images in folders and tar shards and reading windows of them: JPEG, PNG, TIFF and GeoTIFF, 8 bit to float.
 
 What is inside a file is decided by its first bytes, not by its extension, so a PNG named .jpg is read as PNG.
 Sidecar files (.aux.xml, .msk, .ovr) are not looked at, nor are scale and offset tags: what counts is the
@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 import struct
+import tarfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from PIL.PngImagePlugin import PngImageFile
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
+
+from pera_fast.data import shards
+from pera_fast.data.shards import Place
 
 try:
     import simplejpeg  # 1.1 to 1.4 times Pillow's speed, the same pixels (bench_data.py)
@@ -78,6 +83,7 @@ class Scene:
 
     `num_bands` counts colour bands after interpretation: grey 1, RGB and palette 3, alpha not counted.
     `dtype` is the dtype of the pixels that `read_window` returns: "uint8", "uint16" or "float32".
+    `place` is where a member of a tar shard lies, whose `path` is the shard's and its own name in it.
     """
 
     path: str
@@ -86,6 +92,7 @@ class Scene:
     num_bands: int
     dtype: str
     nodata: float | None
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,8 @@ def printable(path: str | os.PathLike[str]) -> str:
 # Finding files
 
 
-def list_images(root: str | os.PathLike[str]) -> list[str]:
-    """Paths of the images (by extension, any case) at any depth under `root`, sorted; or `root` if a file.
+def list_images(root: str | os.PathLike[str], extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Paths of the files with `extensions`, in any case, at any depth under `root`, sorted; or `root` if a file.
 
     Hidden files and folders (leading dot) are skipped. Symbolic links to folders are followed, each folder
     being visited once. Links to files that are gone are listed, so that they count as unreadable.
@@ -117,18 +124,18 @@ def list_images(root: str | os.PathLike[str]) -> list[str]:
         mode = os.stat(root).st_mode
     except (OSError, ValueError) as error:
         raise DataError(f"cannot open {printable(root)}: {_reason(error, root)}") from error
-    if stat.S_ISREG(mode) and root.lower().endswith(EXTENSIONS):
+    if stat.S_ISREG(mode) and root.lower().endswith(extensions):
         return [root]
     if not stat.S_ISDIR(mode):
         raise DataError(f"{printable(root)} is neither a folder nor a JPEG, PNG or TIFF image")
-    paths = sorted(_walk(root))
+    paths = sorted(_walk(root, extensions))
     if not paths:
-        raise DataError(f"no image ({', '.join(EXTENSIONS)}) found under {printable(root)}")
+        raise DataError(f"no image ({', '.join(extensions)}) found under {printable(root)}")
     return paths
 
 
-def _walk(root: str) -> Iterator[str]:
-    """Image paths under `root` in no particular order, each folder once, real folders before linked ones."""
+def _walk(root: str, extensions: tuple[str, ...]) -> Iterator[str]:
+    """Their paths in no particular order, each folder once, real folders before linked ones."""
     seen: set[tuple[int, int]] = set()
     real = [root]
     linked: list[str] = []
@@ -148,7 +155,7 @@ def _walk(root: str) -> Iterator[str]:
                 continue
             if _is_dir(entry):
                 (linked if entry.is_symlink() else real).append(entry.path)
-            elif entry.name.lower().endswith(EXTENSIONS) and _is_file_or_broken_link(entry):
+            elif entry.name.lower().endswith(extensions) and _is_file_or_broken_link(entry):
                 yield entry.path
 
 
@@ -168,37 +175,58 @@ def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
 
 
 def scan(root: str | os.PathLike[str], max_bad_share: float = 0.1, log: logging.Logger = LOG) -> SceneIndex:
-    """Read the header of every image under `root`; log each unreadable file with its reason.
+    """Read the header of every image under `root`, in tar shards, too; log each unreadable file with its reason.
+
+    Images come in the order of their paths, those of a shard as they are stored in it.
 
     Raises DataError if there is no image, none is readable, or more than `max_bad_share` of the files
     (0 to 1) are unreadable.
     """
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"max_bad_share: expected a share from 0 to 1, got {max_bad_share}")
-    paths = list_images(root)
+    paths = list_images(root, (*EXTENSIONS, *shards.EXTENSIONS, *shards.COMPRESSED))
     scenes: list[Scene] = []
     bad: list[tuple[str, str]] = []
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         for start in range(0, len(paths), _HEADER_BATCH):
-            for result in pool.map(_scene_or_error, paths[start : start + _HEADER_BATCH]):
+            for result in chain.from_iterable(pool.map(_scenes_of, paths[start : start + _HEADER_BATCH])):
                 if isinstance(result, Scene):
                     scenes.append(result)
                     continue
                 log.warning("skipped %s: %s", printable(result.path), result.reason)
                 bad.append((result.path, result.reason))
-    if bad and (not scenes or len(bad) > max_bad_share * len(paths)):
+    found = len(scenes) + len(bad)
+    if found == 0:
+        raise DataError(f"no image ({', '.join(EXTENSIONS)}) found in the tar shards under {printable(root)}")
+    if bad and (not scenes or len(bad) > max_bad_share * found):
         count = "none" if not scenes else f"only {len(scenes)}"
         allowed = f" (at most {max_bad_share:.0%} may be unreadable)" if scenes else ""
         first = f"the first bad one is {printable(bad[0][0])}: {bad[0][1]}"
         raise DataError(
-            f"{count} of the {len(paths)} images under {printable(root)} can be read{allowed}; {first}"
+            f"{count} of the {found} images under {printable(root)} can be read{allowed}; {first}"
         )
     return SceneIndex(scenes, bad)
 
 
-def _scene_or_error(path: str) -> Scene | UnreadableImage:
+def _scenes_of(path: str) -> list[Scene | UnreadableImage]:
+    """The scene of an image's file, or those in a shard, and what cannot be read of it."""
+    if path.lower().endswith(shards.COMPRESSED):
+        return [UnreadableImage(path, "a compressed tar can only be read from its start: decompress it")]
+    if not path.lower().endswith(shards.EXTENSIONS):
+        return [_scene_or_error(path, None)]
+    found: list[Scene | UnreadableImage] = []
     try:
-        return open_scene(path)
+        for name, place in shards.members(path):
+            if name.lower().endswith(EXTENSIONS):
+                found.append(_scene_or_error(f"{path}/{name}", place))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        found.append(UnreadableImage(path, _reason(error, path)))
+    return found
+
+
+def _scene_or_error(path: str, place: Place | None) -> Scene | UnreadableImage:
+    try:
+        return open_scene(path, place)
     except UnreadableImage as error:
         return error
 
@@ -206,31 +234,31 @@ def _scene_or_error(path: str) -> Scene | UnreadableImage:
 # Headers
 
 
-def open_scene(path: str | os.PathLike[str]) -> Scene:
-    """Read the header of one image, not its pixels.
+def open_scene(path: str | os.PathLike[str], place: Place | None = None) -> Scene:
+    """Read the header of one image, not its pixels. place: of a member of a tar shard.
 
     Raises UnreadableImage: no such file, empty, truncated header, unsupported kind or dtype, or too large.
     """
     path = os.fspath(path)
     with _unreadable_on_error(path):
-        kind = _kind_of(path)
+        kind = _kind_of(path, place)
         if kind in ("TIFF", "PNG16"):
-            with _open_raster(path, kind) as dataset:
+            with _open_raster(path, place, kind) as dataset:
                 layout = _layout_of(dataset, path)
                 nodata = dataset.nodata
                 return Scene(
                     path, dataset.height, dataset.width, layout.num_bands, layout.dtype,
-                    None if nodata is None else float(nodata),
+                    None if nodata is None else float(nodata), place,
                 )  # fmt: skip
-        with open(path, "rb") as file:
+        with shards.open_image(path, place) as file:
             image = _open_pillow(file, kind, path)
             num_bands = 1 if image.mode in _GREY_MODES else 3
-            return Scene(path, image.height, image.width, num_bands, "uint8", None)
+            return Scene(path, image.height, image.width, num_bands, "uint8", None, place)
 
 
-def _kind_of(path: str) -> str:
+def _kind_of(path: str, place: Place | None) -> str:
     """ "JPEG", "PNG", "PNG16" or "TIFF", from the first bytes."""
-    with open(path, "rb") as file:
+    with shards.open_image(path, place) as file:
         head = file.read(29)
     if not head:
         raise UnreadableImage(path, "empty file")
@@ -291,9 +319,9 @@ def _open_pillow(file: Any, kind: str, path: str) -> ImageFile.ImageFile:
     return image
 
 
-def _decode(path: str, kind: str) -> Image.Image | np.ndarray:
+def _decode(path: str, place: Place | None, kind: str) -> Image.Image | np.ndarray:
     """A JPEG or PNG as an image of Pillow's, or as uint8 [height, width, 1 or 3] where that is quicker."""
-    with open(path, "rb") as file:
+    with shards.open_image(path, place) as file:
         data = file.read()
     # Pillow notices a JPEG that just stops, but decodes one whose tail is zeros (a download into a
     # preallocated file) to grey: require the end marker after the last scan began.
@@ -360,24 +388,26 @@ class _Layout:
 
 
 @contextmanager
-def _open_raster(path: str, kind: str) -> Iterator[Any]:
+def _open_raster(path: str, place: Place | None, kind: str) -> Iterator[Any]:
     _silence_not_georeferenced()
-    with _gdal_path(path) as name, rasterio.Env(**_GDAL_OPTIONS):
+    with _gdal_path(path, place) as name, rasterio.Env(**_GDAL_OPTIONS):
         with rasterio.open(name, driver="GTiff" if kind == "TIFF" else "PNG") as dataset:
             _check_raster(dataset, path)
             yield dataset
 
 
 @contextmanager
-def _gdal_path(path: str) -> Iterator[Path]:
+def _gdal_path(path: str, place: Place | None) -> Iterator[Path]:
     """GDAL takes UTF-8 names only; any other file is handed over open. A Path is never taken for a URL."""
+    file = path if place is None else place.shard
+    part = "" if place is None else f"/vsisubfile/{place.start}_{place.size},"
     try:
-        path.encode("utf-8")
+        file.encode("utf-8")
     except UnicodeEncodeError:
-        with open(path, "rb") as file:
-            yield Path(f"/dev/fd/{file.fileno()}")
+        with open(file, "rb") as opened:
+            yield Path(f"{part}/dev/fd/{opened.fileno()}")
     else:
-        yield Path(path)
+        yield Path(part + (os.path.abspath(file) if part else file))
 
 
 def _silence_not_georeferenced() -> None:
@@ -510,13 +540,14 @@ def read_windows(
 
 def _windowed(scene: Scene) -> bool:
     with _unreadable_on_error(scene.path):
-        return _kind_of(scene.path) in ("TIFF", "PNG16")
+        return _kind_of(scene.path, scene.place) in ("TIFF", "PNG16")
 
 
 def _read_raster(
     scene: Scene, windows: list[Window], bands: tuple[int, ...] | None, in_bands: int, nodata: float | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    with _unreadable_on_error(scene.path), _open_raster(scene.path, _kind_of(scene.path)) as dataset:
+    path, place = scene.path, scene.place
+    with _unreadable_on_error(path), _open_raster(path, place, _kind_of(path, place)) as dataset:
         layout = _layout_of(dataset, scene.path)
         _check_unchanged(scene, dataset.height, dataset.width, layout.dtype)
         if layout.palette is not None:
@@ -535,7 +566,7 @@ def _read_decoded(
     scene: Scene, windows: list[Window], bands: tuple[int, ...] | None, in_bands: int, nodata: float | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     with _unreadable_on_error(scene.path):
-        image = _decode(scene.path, _kind_of(scene.path))
+        image = _decode(scene.path, scene.place, _kind_of(scene.path, scene.place))
         if isinstance(image, np.ndarray):
             height, width, num_bands = image.shape
         else:

@@ -231,7 +231,7 @@ def test_failed_cuda_build_keeps_the_cpu_library(require, tmp_path, objects):
     nvcc.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"),
-         "-t", str(tmp_path / "objects")],
+         "-t", str(objects)],
         cwd=ROOT, capture_output=True, text=True,
         env={
             **os.environ, "CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0",

@@ -1,36 +1,62 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, tests, memory checker, benchmarks. Results land in $OUT.
-# A failing part does not stop the later ones; the exit code tells whether all went well.
+# Everything that needs a GPU, in one go: build, tests, memory checkers, benchmarks in order of importance.
+# Results land in $OUT part by part. A part that fails, or that the time is over for, does not stop the later ones;
+# the exit code tells whether all went well.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out}
+LIMIT_S=${LIMIT_S:-530}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$OUT"
 failed=0
 
-part() {  # part NAME COMMAND...: run it, keep its output, note how it ended
-  local name=$1 log
-  log="$OUT/$1.log"
-  shift
-  "$@" >"$log" 2>&1
+part() {  # part NAME SECONDS COMMAND...: run it for at most so long, keep its output, note how it ended
+  local name=$1 seconds=$2 left=$((LIMIT_S - SECONDS)) log="$OUT/$1.log" started=$SECONDS
+  shift 2
+  if [ $left -lt 5 ]; then
+    echo "$name: left out, the $LIMIT_S s are over" | tee -a "$OUT/summary.txt"
+    failed=1
+    return
+  fi
+  timeout -k 5 $((seconds < left ? seconds : left)) "$@" >"$log" 2>&1
   local code=$?
-  echo "$name: exit $code" | tee -a "$OUT/summary.txt"
+  echo "$name: exit $code after $((SECONDS - started)) s" | tee -a "$OUT/summary.txt"
   if [ $code -ne 0 ]; then tail -n 20 "$log"; failed=1; fi
 }
 
-export PERA_FAST_REQUIRE_CUDA=1
-part build "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
-part info "$PYTHON" -m pera_fast.info --json
-part tests "$PYTHON" -m pytest -q tests/test_build.py tests/test_disjoint_masks.py \
-  tests/test_adamw_ema.py tests/test_ema_update.py tests/test_grad_norm.py tests/test_optim.py tests/test_batch.py \
-  tests/test_crop_patches.py tests/test_distill_loss.py tests/test_koleo.py tests/test_packed_attention.py tests/test_residual_norm.py \
-  tests/test_patch_embed.py tests/test_model.py tests/test_aot.py tests/test_engine.py tests/test_loader.py
-if command -v compute-sanitizer >/dev/null; then
-  part sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -k cuda \
-    tests/test_disjoint_masks.py tests/test_crop_patches.py tests/test_packed_attention.py tests/test_residual_norm.py \
-    tests/test_adamw_ema.py tests/test_ema_update.py tests/test_grad_norm.py
-fi
-part train "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
-part bench "$PYTHON" -m pytest bench/ --benchmark-only -q --benchmark-json="$OUT/benchmark.json"
+benchmark() {  # benchmark FILE SECONDS
+  part "$1" "$2" "$PYTHON" -m pytest "bench/$1.py" -k "gpu or cuda" --benchmark-only -q \
+    --benchmark-json="$OUT/$1.json"
+}
+
 nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1
+export PERA_FAST_REQUIRE_CUDA=1
+part build 120 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
+part info 30 "$PYTHON" -m pera_fast.info --json
+part train 60 "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
+part ops 150 "$PYTHON" -m pytest -q -k "cuda or gpu or triton" tests/test_disjoint_masks.py tests/test_crop_patches.py \
+  tests/test_patch_embed.py tests/test_packed_attention.py tests/test_residual_norm.py tests/test_distill_loss.py \
+  tests/test_koleo.py tests/test_adamw_ema.py tests/test_ema_update.py tests/test_grad_norm.py
+part engine 90 "$PYTHON" -m pytest -q -k "cuda or gpu" tests/test_engine.py tests/test_graph.py tests/test_batch.py \
+  tests/test_model.py tests/test_optim.py tests/test_loader.py
+benchmark bench_step 120
+benchmark bench_vit 60
+benchmark bench_packed_attention 60
+benchmark bench_distill_loss 60
+benchmark bench_adamw_ema 40
+benchmark bench_residual_norm 40
+benchmark bench_crop_patches 40
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    part $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 "$PYTHON" -m pytest -q -x -k "cuda and not graph" \
+      tests/test_disjoint_masks.py tests/test_crop_patches.py tests/test_adamw_ema.py tests/test_ema_update.py \
+      tests/test_grad_norm.py
+  done
+fi
+for file in bench_ema_update bench_grad_norm bench_koleo bench_linear bench_patch_embed bench_disjoint_masks; do
+  benchmark $file 30
+done
+"$PYTHON" bench/results.py save "$OUT"/bench_*.json >>"$OUT/summary.txt" 2>&1 &&
+  cp "bench/results/$(basename "$(tail -n 1 "$OUT/summary.txt")")" "$OUT/"
+cat "$OUT/summary.txt"
 exit $failed

@@ -46,6 +46,10 @@ def _sum_in_bfloat16(group, bucket):  # type: ignore[no-untyped-def]  # DDP comp
     return bf16_compress_hook(group, bucket)
 
 
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; its text is one sentence for the user."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One optimiser step, averaged over parts and ranks."""
@@ -98,7 +102,8 @@ class Engine:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank.
 
         A forward pass that runs out of memory is taken again in smaller ones, and so are all after it; the result
-        stays that of the whole batch. With several ranks, which would have to agree, it is the end.
+        stays that of the whole batch. With several ranks, which would have to agree, or the second time, or with one
+        image, TrainingStopped is raised.
         """
         self._temperature.fill_(values.teacher_temperature)
         self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
@@ -107,10 +112,13 @@ class Engine:
             if self._record(inputs):
                 return self._report(self._graph(inputs), len(inputs))  # type: ignore[misc]
             parts = self._gradients(inputs)
-        except torch.OutOfMemoryError:
-            images = len(batches[0])
-            if self._passes_per_batch > 1 or self.world.ranks > 1 or images == 1:
-                raise
+        except torch.OutOfMemoryError as error:
+            images, passes = len(batches[0]), self._passes_per_batch
+            if passes > 1 or self.world.ranks > 1 or images == 1:
+                raise TrainingStopped(
+                    f"out of memory in step {step + 1} on rank {self.world.rank} with {images // passes} images in a "
+                    "forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all needs less"
+                ) from error
             parts = []
         if not parts:  # outside of the handler, whose traceback holds the tensors of the failed pass
             self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)

@@ -26,17 +26,13 @@ from pera_fast.data.loader import Batch, WindowDataset, make_loader
 from pera_fast.data.sources import DataError, SceneIndex, printable
 from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.distributed import World
-from pera_fast.engine import Engine, StepReport
+from pera_fast.engine import Engine, StepReport, TrainingStopped
 from pera_fast.evaluate import check_tiles, class_folder_tiles, compare_with_untrained, knn, scene_halves
 from pera_fast.features import Tile
 from pera_fast.schedules import Schedules, StepValues
 
 _log = logging.getLogger("pera_fast")
 DEMO_SCENES = Path(pera_fast.__file__).parent / "demo"
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; its text is one sentence for the user."""
 
 
 class Run:

@@ -17,7 +17,7 @@ from pera_fast.batch import Fit, choose, fit, fit_on_cpu, fit_on_gpu, share_out
 from pera_fast.config import PRESETS, Config, ConfigError
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
-from pera_fast.engine import Engine
+from pera_fast.engine import Engine, TrainingStopped
 from pera_fast.model.pera import PerA
 from pera_fast.plan import MARGIN, synthetic_patches
 
@@ -130,7 +130,9 @@ def test_out_of_memory_twice_or_with_one_image_is_the_end(
     batch_size: int, most: int, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails_above(most, monkeypatch)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        TrainingStopped, match="out of memory in step 1 on rank 0 with [14] images in a forward pass"
+    ):
         run(image_folder, tiny_config(batch_size=batch_size), 1)
 
 

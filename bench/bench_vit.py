@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from baselines import eager_step
 from bench_patch_embed import whole_views
 from compare import all_close, compare, near, needs_bfloat16, needs_gpu, peak_bytes
@@ -19,11 +21,10 @@ from pera_fast.config import PRESETS, Config
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.model.pera import Patches, draw_subsets
+from pera_fast.model.vit import Mlp
 from pera_fast.ops import _dispatch
 
 MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
-
-
 BOTH = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 
 
@@ -80,7 +81,7 @@ def measure(
 
     def ours() -> list[Tensor]:
         with autocast(precision, device):
-            subsets = draw_subsets(patches.groups, drop_path, depth, (0,))
+            subsets = draw_subsets(patches.groups, drop_path, depth)
             teacher = model.teacher_forward(patches)
             student, predicted = model.student_forward(patches, subsets)
         return finish(leaves[0], student, teacher, predicted)
@@ -117,7 +118,7 @@ def bench_recompute(benchmark, precision: str, recompute: str) -> None:
         def forward(kept: str, model=model, patches=patches, depth=depth) -> list[Tensor]:  # type: ignore[no-untyped-def]
             model.student.backbone.recompute = kept
             with autocast(precision):
-                return list(model.student_forward(patches, draw_subsets(patches.groups, 0.3, depth, (0,))))
+                return list(model.student_forward(patches, draw_subsets(patches.groups, 0.3, depth)))
 
         passes.append(forward)
 
@@ -134,4 +135,28 @@ def bench_recompute(benchmark, precision: str, recompute: str) -> None:
         theirs=lambda: student("none"), same=near if precision == "bf16" else all_close(1e-3), dtype=precision,
         pairs=2, bytes_per_image=per_image,
         shape=f"ViT-S student, 4 images, recompute {recompute}: {per_image / 1e6:.1f} MB an image{MALLOC}",
+    )  # fmt: skip
+
+
+@BOTH
+def bench_branch_against_compiled(benchmark, precision: str) -> None:
+    """What torch.compile makes of an MLP branch, the products and the GELU that are left to the library."""
+    torch.manual_seed(0)
+    x = torch.randn(2500, 384, requires_grad=True)
+    branch = Mlp(384, 1536)
+    leaves = [x, *branch.parameters()]
+
+    def plain(x: Tensor) -> Tensor:
+        return branch.fc2(F.gelu(branch.fc1(x)))
+
+    def gradients(forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with autocast(precision):
+            y = forward(x)
+        return [y.detach(), *torch.autograd.grad(y.float().square().mean(), leaves)]
+
+    compiled, affine = torch.compile(plain), (torch.ones(384), torch.zeros(384))
+    compare(
+        benchmark, op="vit", backend="torch", peer="torch.compile", dtype=precision, shape="MLP of ViT-S, 2500 rows",
+        ours=lambda: gradients(lambda x: branch(x, [(1, 2500)], "none", affine)), theirs=lambda: gradients(compiled),
+        same=near if precision == "bf16" else all_close(1e-4), pairs=15,
     )  # fmt: skip

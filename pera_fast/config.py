@@ -68,8 +68,9 @@ class ModelConfig:
     drop_path: float = 0.3
     """Share of sequences each student branch leaves out (0 turns drop path off)."""
     activation: Literal["none", "norms", "blocks"] = "none"
-    """What the backward pass makes again rather than keep, for larger batches: nothing; the outputs of
-    LayerNorm and GELU; or everything but the normalised input of each attention and MLP."""
+    """What the backward pass makes again rather than keep, for larger batches: nothing but the output of GELU, which
+    costs next to nothing; that of LayerNorm, too; or everything but the normalised input of each attention
+    and MLP."""
     head_hidden_dim: int = 2048
     """Hidden width of the CLS and pixel heads."""
     head_bottleneck_dim: int = 384

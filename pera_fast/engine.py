@@ -321,8 +321,9 @@ class Engine:
         return [partial(join, part, everyone) for part in range(len(inputs))]
 
     def _subsets(self, step: int, part: int, patches: Patches) -> list[Subset]:
-        model, key = self.config.model, (self.config.run.seed, step, part, self.world.rank)
-        return draw_subsets(patches.groups, model.drop_path, model.depth, key)
+        model, seed = self.config.model, self.config.run.seed
+        number = part * self.world.ranks + self.world.rank
+        return draw_subsets(patches.groups, model.drop_path, model.depth, seed=seed, step=step, part=number)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.run.precision == "bf16"

@@ -96,7 +96,7 @@ def _step(model: PerA, config: Config, images: int) -> None:
     patches = synthetic_patches(config, images, torch.device("cpu"))
     optimizer.allocate()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        subsets = draw_subsets(patches.groups, config.model.drop_path, config.model.depth, (0,))
+        subsets = draw_subsets(patches.groups, config.model.drop_path, config.model.depth)
         losses = model(patches, subsets, 0.04)
     losses.total.backward()
     optimizer.step()

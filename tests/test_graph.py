@@ -20,6 +20,7 @@ from pera_fast import engine as engine_module
 from pera_fast.config import Config
 from pera_fast.distributed import World
 from pera_fast.graph import StepGraph
+from pera_fast.schedules import StepValues
 
 
 class Recorder(TorchDispatchMode):
@@ -192,3 +193,46 @@ def test_recorded_on_a_gpu(image_folder: Path, accumulate: int) -> None:
     ]
     assert runs[0][0]._graph is not None and runs[1][0]._graph is None
     assert_near(state(runs[0][0]), state(runs[1][0]), 1e-4)
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_little_is_left_to_the_host(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recorded step it starts the masks, crops, subsets, copies and the graph: a few microseconds each."""
+    config = tiny_config()
+    config = replace(config, model=replace(config.model, depth=12, drop_path=0.5))
+    engine, _ = run(image_folder, config, 1)
+    batches = _batches(image_folder, config, engine)
+    engine._graph = StepGraph(
+        lambda inputs: torch.zeros(7), engine._inputs(1, batches), lambda f: (f(), lambda: None)
+    )
+    crop_patches = engine_module.ops.crop_patches
+    monkeypatch.setattr(  # as on a GPU, where the loader's numbers are not read back
+        engine_module.ops, "crop_patches", lambda *a, **k: crop_patches(*a, **{**k, "check_values": False})
+    )
+    with Counter() as counter:
+        engine.step(2, batches, StepValues(1e-3, 0.04, 0.99, 0.04))
+    # Views launch nothing.
+    views = (
+        "view",
+        "unbind",
+        "split",
+        "slice",
+        "select",
+        "expand",
+        "detach",
+        "alias",
+        "empty",
+        "unsqueeze",
+        "t.",
+    )
+    launched = [name for name in counter.operations if not any(view in name for view in views)]
+    assert 20 < len(launched) < 80, launched

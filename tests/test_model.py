@@ -69,7 +69,7 @@ def groups(batch: int) -> list[CropGroup]:
 
 
 def test_drop_path_subsets() -> None:
-    subsets = draw_subsets(groups(4), 0.3, depth=3, key=(0, 5))
+    subsets = draw_subsets(groups(4), 0.3, depth=3, step=5)
     assert len(subsets) == 6
     for branch, subset in enumerate(subsets):
         seen = 8 if branch < 2 else 13  # block depth // 2 = 1 is the first to see the targets
@@ -81,19 +81,19 @@ def test_drop_path_subsets() -> None:
         assert (first % 13).max() == seen - 1  # a sequence ends before its targets, or with them
         assert subset.scale[0].item() == pytest.approx(8 / 5)
         assert subset.scale[-1].item() == pytest.approx(32 / 22)
-    again = draw_subsets(groups(4), 0.3, depth=3, key=(0, 5))
+    again = draw_subsets(groups(4), 0.3, depth=3, step=5)
     assert all(torch.equal(a.rows, b.rows) for a, b in zip(subsets, again, strict=True))
-    other = draw_subsets(groups(4), 0.3, depth=3, key=(0, 6))
+    other = draw_subsets(groups(4), 0.3, depth=3, step=6)
     assert not all(torch.equal(a.rows, b.rows) for a, b in zip(subsets, other, strict=True))
 
 
 def test_at_least_one_sequence_stays() -> None:
     single = [g._replace(student=g.student[:1]) for g in groups(1)]
-    assert [count for count, _ in draw_subsets(single, 0.9, 1, (0,))[0].groups] == [1, 1]
+    assert [count for count, _ in draw_subsets(single, 0.9, 1)[0].groups] == [1, 1]
 
 
 def test_without_drop_path_only_the_targets_are_left_out() -> None:
-    subsets = draw_subsets(groups(1), 0.0, 3, (0,))
+    subsets = draw_subsets(groups(1), 0.0, 3)
     visible = [13 * i + j for i in range(2) for j in range(8)] + list(range(26, 26 + 8 * 4))
     assert [s.rows.tolist() if s.rows is not None else None for s in subsets] == [visible] * 2 + [None] * 4
     assert all(s.scale is None for s in subsets)
@@ -118,7 +118,7 @@ def drawn_patches(config: Config, batch: int) -> Patches:
 def run(model: PerA, config: Config, precision: str) -> dict[str, torch.Tensor]:
     """Loss and gradients of one pass with drop path."""
     patches = drawn_patches(config, 4)
-    subsets = draw_subsets(patches.groups, 0.3, config.model.depth, key=(0,))
+    subsets = draw_subsets(patches.groups, 0.3, config.model.depth)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         losses = model(patches, subsets, 0.04)
@@ -159,7 +159,7 @@ def test_a_pass_never_waits_for_the_device() -> None:
     config = tiny_config()
     model = PerA(config)
     patches = drawn_patches(config, 4)
-    subsets = draw_subsets(patches.groups, 0.3, config.model.depth, key=(0,))
+    subsets = draw_subsets(patches.groups, 0.3, config.model.depth)
     with Calls() as calls:
         model(patches, subsets, 0.04).total.backward()
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
@@ -178,7 +178,7 @@ def test_a_pass_can_be_captured_in_a_graph(precision: str) -> None:
     patches = synthetic_patches(config, 4, torch.device("cuda"))
     patches.student_rows.normal_()
     patches.teacher_rows.normal_()
-    subsets = draw_subsets(patches.groups, 0.3, config.model.depth, key=(0,))
+    subsets = draw_subsets(patches.groups, 0.3, config.model.depth)
 
     def once() -> torch.Tensor:
         model.zero_grad()

@@ -86,7 +86,7 @@ def test_work_is_what_the_operations_add_up_to(
     )  # fmt: skip
     images = 2
     model, patches = PerA(config), synthetic_patches(config, images, CPU)
-    subsets = draw_subsets(patches.groups, drop_path, config.model.depth, (0,))
+    subsets = draw_subsets(patches.groups, drop_path, config.model.depth)
     monkeypatch.setattr(
         "pera_fast.ops.koleo", lambda z, v, g: (z.new_zeros(2), torch.zeros(2, dtype=torch.int64))
     )

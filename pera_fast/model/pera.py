@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -206,23 +205,30 @@ class PerA(nn.Module):
 
 
 def draw_subsets(
-    groups: Sequence[CropGroup], drop_path: float, depth: int, key: Sequence[int]
+    groups: Sequence[CropGroup], drop_path: float, depth: int, *, seed: int = 0, step: int = 0, part: int = 0
 ) -> list[Subset]:
     """The rows each of the student's 2 * depth branches works on, for one forward pass.
 
     Per branch and crop size a random subset of max(int(b·(1 - drop_path)), 1) of the b sequences, whose
-    residual is scaled by b / subset size. key: whole numbers, e.g. (seed, step, part, rank); equal keys
-    give equal subsets on every device.
+    residual is scaled by b / subset size. part: of the forward passes of a step, counted over all ranks. Equal
+    numbers give equal subsets on every device, which are drawn where the groups are.
     """
-    chosen = None
-    if drop_path > 0:
-        random = np.random.default_rng([*key, 0x0D709])
-        chosen = []
-        for group in groups:
-            count = len(group.student)
-            size = max(int(count * (1 - drop_path)), 1)
-            order = random.random((2 * depth, count)).argsort(axis=1)
-            chosen.append(torch.from_numpy(order[:, :size]))
+    if drop_path == 0:
+        return make_subsets(groups, depth, None)
+    device, chosen = groups[0].student.device, []
+    branch = part * 2 * depth + torch.arange(2 * depth, device=device)
+    for kind, group in enumerate(groups):
+        count = len(group.student)
+        size = max(int(count * (1 - drop_path)), 1)
+        if size == count:
+            chosen.append(torch.arange(count, device=device).expand(2 * depth, count))
+            continue
+        # A subset is drawn as a crop's patches are, with a seed of its own.
+        own = (seed + 0x0D709A7 + kind) % 2**64
+        drawn = ops.disjoint_masks(
+            branch, seed=own, step=step, num_patches=count, num_student=size, num_target=0
+        )
+        chosen.append(drawn[0])
     return make_subsets(groups, depth, chosen)
 
 
@@ -234,43 +240,29 @@ def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tenso
     device = groups[0].student.device
     counts = [len(g.student) for g in groups]
     lengths = [1 + g.student.shape[1] + g.target.shape[1] for g in groups]
-    subsets, every_row = [], []
-    for branch in range(2 * depth):
-        is_first_half = branch < 2 * (depth // 2)
-        seen = [1 + g.student.shape[1] if is_first_half else n for g, n in zip(groups, lengths, strict=True)]
-        if chosen is None and seen == lengths:
-            subsets.append(Subset(list(zip(counts, lengths, strict=True))))
-            continue
-        start, rows, scales, shapes = 0, [], [], []
-        for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            picked = torch.arange(count) if chosen is None else chosen[i][branch]
-            rows.append((start + picked[:, None] * length + torch.arange(seen[i])).flatten())
-            scales.append(torch.full((len(rows[-1]),), count / len(picked)))
-            shapes.append((len(picked), seen[i]))
-            start += count * length
-        every_row.append(torch.cat(rows))
-        subsets.append(Subset(shapes, every_row[-1], None if chosen is None else torch.cat(scales)))
-    return _moved(subsets, device)
-
-
-def _moved(subsets: list[Subset], device: torch.device) -> list[Subset]:
-    """The subsets on a device, in one copy for all rows and one for all scales."""
-    if device.type == "cpu":
-        return subsets
-
-    def together(parts: list[Tensor]) -> Iterator[Tensor]:
-        if not parts:
-            return iter(())
-        whole = torch.cat(parts)
-        moved = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
-        return iter(moved.split([len(part) for part in parts]))
-
-    rows = together([s.rows for s in subsets if s.rows is not None])
-    scales = together([s.scale for s in subsets if s.scale is not None])
-    return [
-        Subset(s.groups, None if s.rows is None else next(rows), None if s.scale is None else next(scales))
-        for s in subsets
+    starts = [
+        sum(n * length for n, length in zip(counts[:i], lengths[:i], strict=True)) for i in range(len(groups))
     ]
+    subsets: list[Subset] = []
+    for branches, seen in (
+        (range(2 * (depth // 2)), [1 + g.student.shape[1] for g in groups]),
+        (range(2 * (depth // 2), 2 * depth), lengths),
+    ):
+        if chosen is None and seen == lengths:
+            subsets += [Subset(list(zip(counts, lengths, strict=True)))] * len(branches)
+            continue
+        rows, scales, shapes = [], [], []
+        for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            every = torch.arange(count, device=device).expand(len(branches), count)
+            picked = every if chosen is None else chosen[i].to(device)[branches.start : branches.stop]
+            size = picked.shape[1]
+            place = starts[i] + picked[:, :, None] * length + torch.arange(seen[i], device=device)
+            rows.append(place.flatten(1))
+            scales.append(torch.full((size * seen[i],), count / size, device=device))
+            shapes.append((size, seen[i]))
+        scale = None if chosen is None else torch.cat(scales)
+        subsets += [Subset(shapes, of_branch, scale) for of_branch in torch.cat(rows, dim=1).unbind()]
+    return subsets
 
 
 def _cls_rows(shapes: Groups, device: torch.device) -> Tensor:

@@ -3,14 +3,14 @@
     checkpoints/step_00001000/
         model.safetensors      student, teacher, heads, mask token, centre
         optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME, step.NAME
-        state.json             step, config, statistics, versions, the sizes of the other files
+        state.json             step, images seen, config, statistics, versions, the sizes of the other files
 
 Where the model is shared out over ranks, each writes its share of all these tensors to one file instead,
 shard-….safetensors, through torch.distributed.checkpoint. Either kind is read on any number of ranks, sharing the
 model out or not.
 
-All randomness follows from (seed, step), so the step is also the state of every random generator and the
-position in the stream of images.
+All randomness follows from (seed, step) and the place in the stream of images, so these are also the state of every
+random generator.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ from pera_fast.model.pera import PerA
 from pera_fast.model.vit import VisionTransformer
 from pera_fast.optim import TeacherOptimizer
 
+
+class WriteError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were. Its text is one sentence for the user."""
+
+
 _FORMAT = 2
 _STATE = "state.json"
 _PREFIX = "step_"
@@ -50,10 +55,14 @@ def save(
     statistics: Statistics,
     keep: int,
     world: World,
+    keep_every: int = 0,
+    images_seen: int = 0,
 ) -> Path:
     """Write the checkpoint of `step` completed steps into `folder`, then drop all but the newest `keep`.
 
-    Every rank calls it; the first writes what is not shared out.
+    Those of steps that `keep_every` divides stay, too, if it is not 0. images_seen: the place in the stream of images
+    that the next step begins at. Every rank calls it; the first writes what is not shared out. Raises WriteError,
+    before which nothing is dropped.
     """
     target = folder / f"{_PREFIX}{step:08d}"
     partial = Path(world.share(str(folder / f".partial_{step:08d}_{os.getpid()}")))
@@ -67,37 +76,53 @@ def save(
     for i, group in enumerate(optimizer.param_groups):
         if "step" in group:
             moments[f"step.group{i}"] = torch.as_tensor(group["step"])
+    try:
+        if world.is_first:
+            for left_over in folder.glob(".partial_*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            partial.mkdir(parents=True)
+        if any(hasattr(value, "to_local") for value in weights.values()):
+            _save_shares({**weights, **moments}, partial)
+        elif world.is_first:
+            for name, tensors in (("model", weights), ("optimizer", moments)):
+                save_file({k: v.contiguous() for k, v in tensors.items()}, partial / f"{name}.safetensors")
+        if world.is_first:
+            _complete(partial, target, step, images_seen, config, statistics)
+    except (OSError, SafetensorError, WriteError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise WriteError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {' '.join(reason.split())}"
+        ) from error
     if world.is_first:
-        for left_over in folder.glob(".partial_*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        partial.mkdir(parents=True)
-    if any(hasattr(value, "to_local") for value in weights.values()):
-        _save_shares({**weights, **moments}, partial)
-    elif world.is_first:
-        for name, tensors in (("model", weights), ("optimizer", moments)):
-            file = partial / f"{name}.safetensors"
-            save_file({k: v.contiguous() for k, v in tensors.items()}, file)
-    if world.is_first:
-        _complete(partial, target, step, config, statistics)
         for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+            if not (keep_every and int(old.name.removeprefix(_PREFIX)) % keep_every == 0):
+                shutil.rmtree(old)
     return target
 
 
 def _save_shares(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Returns on no rank before every rank has written its share."""
+    """Returns on no rank before every rank has written its share; if one cannot, WriteError on all."""
     # Imported where they are used: they take a second.
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # on every rank, whichever it happened on
+        rank, failure = next(iter(error.failures.items()))
+        raise WriteError(f"rank {rank}: {failure[0]}") from error
 
 
-def _complete(partial: Path, target: Path, step: int, config: Config, statistics: Statistics) -> None:
+def _complete(
+    partial: Path, target: Path, step: int, images_seen: int, config: Config, statistics: Statistics
+) -> None:
     """Add state.json to a folder of tensors, and give it its name once the disk holds all of it."""
     files = sorted(partial.iterdir())
     state = {
         "format": _FORMAT,
         "step": step,
+        "images_seen": images_seen,
         "config": to_dict(config),
         "statistics": json.loads(statistics.to_json()),
         "versions": {"pera_fast": pera_fast.__version__, "torch": torch.__version__},
@@ -142,6 +167,7 @@ class Checkpoint:
 
     path: Path
     step: int
+    images_seen: int
     config: Config
     statistics: Statistics
 
@@ -154,7 +180,8 @@ class Checkpoint:
             if state["format"] != _FORMAT:
                 raise ValueError(f"expected format {_FORMAT}, got {state['format']}")
             statistics = Statistics.from_json(json.dumps(state["statistics"]))
-            return cls(path, int(state["step"]), from_dict(state["config"]), statistics)
+            seen = int(state["images_seen"])
+            return cls(path, int(state["step"]), seen, from_dict(state["config"]), statistics)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"checkpoint: {path} cannot be read: {error}") from None
 

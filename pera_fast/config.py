@@ -294,6 +294,12 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept besides (0: none)."""
+    on_write_error: Literal["stop", "go_on"] = "stop"
+    """When a checkpoint or record cannot be written, e.g. on a full disk: end the run, or say so and try again the
+    next time. Earlier checkpoints stay as they are."""
     profile: int = 0
     """Steps to profile, after two that warm up: profile/trace.json for Chrome's tracing or Perfetto, and
     profile/ops.txt, the time of each operation (0: none)."""
@@ -318,6 +324,7 @@ class RunConfig:
         _require(self.epochs > 0, "epochs", "a number above 0", self.epochs)
         _require(0 <= self.seed < 2**63, "seed", "a whole number from 0 to below 2**63", self.seed)
         _require(self.profile >= 0, "profile", "a whole number of at least 0", self.profile)
+        _require(self.keep_every >= 0, "keep_every", "a whole number of at least 0", self.keep_every)
         _require(self.eval_every >= 0, "eval_every", "a whole number of at least 0", self.eval_every)
         if self.max_steps is not None:
             _positive_int(self, "max_steps")

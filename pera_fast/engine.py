@@ -20,6 +20,7 @@ from pera_fast.data.loader import Batch
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.graph import StepGraph
+from pera_fast.health import assignment_health
 from pera_fast.model.pera import (
     CropGroup,
     Losses,
@@ -47,7 +48,15 @@ def _sum_in_bfloat16(group, bucket):  # type: ignore[no-untyped-def]  # DDP comp
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; its text is one sentence for the user."""
+    """The run ends here; its text is one sentence for the user."""
+
+    exit_code = 1
+
+
+class Preempted(TrainingStopped):
+    """A signal asked the run to stop, and its state is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL: to be tried again
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class StepReport:
     losses: dict[str, float]  # total, distill_global, distill_local, koleo, pixel
     grad_norm: float
     skipped: bool  # a loss or gradient was not finite: nothing was changed
+    stop: bool = False  # some rank was asked to stop
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Engine:
             if run.reduce_in == "bf16":
                 self._forward.register_comm_hook(None, _sum_in_bfloat16)
         self._passes_per_batch = 1
-        self._temperature = torch.zeros((), device=device)
+        self._temperature, self._stop = torch.zeros(2, device=device)
         self._graph: StepGraph | None = None
         can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
         # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
@@ -98,14 +108,17 @@ class Engine:
         self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)
 
-    def step(self, step: int, batches: Sequence[Batch], values: StepValues) -> StepReport:
+    def step(self, step: int, batches: Sequence[Batch], values: StepValues, stop: bool = False) -> StepReport:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank.
+
+        stop: whether this rank was asked to stop, of which every rank's report tells.
 
         A forward pass that runs out of memory is taken again in smaller ones, and so are all after it; the result
         stays that of the whole batch. With several ranks, which would have to agree, or the second time, or with one
         image, TrainingStopped is raised.
         """
         self._temperature.fill_(values.teacher_temperature)
+        self._stop.fill_(stop)
         self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
         try:
             inputs = self._inputs(step, batches)
@@ -192,9 +205,11 @@ class Engine:
     def _update(self, parts: list[Losses]) -> Tensor:
         """Update model, teacher and centre.
 
-        Returns float [7]: the losses summed over parts and ranks, the gradient's norm, whether the step was skipped.
+        Returns float [8]: the losses summed over parts and ranks, how many ranks were asked to stop, the gradient's
+        norm, whether the step was skipped.
         """
         num_global = self.config.crops.num_global
+        self._sample = parts[-1].sample  # of a recorded step: where each replay puts it
         rows = [
             torch.cat(
                 (
@@ -212,24 +227,33 @@ class Engine:
             )
             for p in parts
         ]
-        sums = self.world.sum(torch.stack(rows).sum(0))
+        sums = self.world.sum(torch.cat((torch.stack(rows).sum(0), self._stop[None])))
         passes = len(parts) * self.world.ranks
-        centre = self.model.next_centre(sums[5:] / (passes * parts[0].rows))  # of the teacher that made z
+        centre = self.model.next_centre(sums[5:-1] / (passes * parts[0].rows))  # of the teacher that made z
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
         grad_norm = torch.where(sums.isfinite().all(), self.optimizer.grad_norm(), torch.nan)
         self.optimizer.step(grad_norm=grad_norm)
         skipped = self.optimizer.skipped
         self.model.centre.copy_(torch.where(skipped, self.model.centre, centre))
-        return torch.cat((sums[:5], grad_norm[None], skipped[None]))
+        return torch.cat((sums[:5], sums[-1:], grad_norm[None], skipped[None]))
 
     def _report(self, numbers: Tensor, passes: int) -> StepReport:
         """Of what `_update` returned; the one place where the host waits for the device."""
-        *sums, norm, was_skipped = numbers.tolist()
+        *sums, stop, norm, skipped = numbers.tolist()
         named = ("total", "distill_global", "distill_local", "koleo", "pixel")
         losses = {name: value / (passes * self.world.ranks) for name, value in zip(named, sums, strict=True)}
         losses["distill_local"] /= max(1, self.config.crops.num_local)
-        return StepReport(losses, norm, skipped=bool(was_skipped))
+        return StepReport(losses, norm, skipped=bool(skipped), stop=stop > 0)
+
+    @torch.no_grad()
+    def health(self) -> dict[str, float]:
+        """How a few images of the last step are assigned to prototypes; where those are shared out, all ranks ask."""
+        optim, teacher = self.config.optim, self.model.teacher.prototypes()
+        return assignment_health(
+            *self._sample, [whole(x) for x in self.model.student.prototypes()], [whole(x) for x in teacher],
+            self.model.centre, optim.student_temperature, self._temperature,
+        )  # fmt: skip
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone whole, for evaluation; where it is shared out, every rank must ask for it."""

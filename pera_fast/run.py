@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import resource
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +28,10 @@ from pera_fast.data.loader import Batch, WindowDataset, make_loader
 from pera_fast.data.sources import DataError, SceneIndex, printable
 from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.distributed import World
-from pera_fast.engine import Engine, StepReport, TrainingStopped
+from pera_fast.engine import Engine, Preempted, StepReport, TrainingStopped
 from pera_fast.evaluate import check_tiles, class_folder_tiles, compare_with_untrained, knn, scene_halves
 from pera_fast.features import Tile
+from pera_fast.health import Watch
 from pera_fast.schedules import Schedules, StepValues
 
 _log = logging.getLogger("pera_fast")
@@ -56,14 +59,19 @@ class Run:
         config, self._predicted_bytes = batch.choose(self.engine, config, world)
         self.config = self.engine.config = config
         self.dataset = WindowDataset(self.index, self.statistics, config)
-        self.schedules = Schedules.of(config, len(self.dataset), world.ranks)
-        self.total_steps = min(self.schedules.total_steps, config.run.max_steps or 10**12)
-        self.start_step = 0
+        self._schedules = Schedules.of(config, len(self.dataset), world.ranks)
+        self.start_step = self._first_image = self._steps_ahead = 0
         if found:
             found.restore(self.engine.model, self.engine.optimizer)
-            self.start_step = found.step
+            self.start_step, self._first_image = found.step, found.images_seen
+            # Where batches were of another size, the images seen tell how far the schedules are.
+            self._steps_ahead = found.images_seen // self._images_per_step - found.step
             _log.info("going on from step %d of %s", found.step, found.path)
+        self.total_steps = min(
+            self._schedules.total_steps - self._steps_ahead, config.run.max_steps or 10**12
+        )
         self.records = Records(self.out, config, world, self.start_step, self.total_steps)
+        self.asked_to_stop = False
         self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
@@ -71,20 +79,41 @@ class Run:
     def loader(self) -> Iterator[Batch]:
         """This rank's batches from the start step on, one per forward pass."""
         return make_loader(
-            self.dataset, self.start_step, self.total_steps, self.world.rank, self.world.ranks,
-            self.world.device,
+            self.dataset, self._first_image, self.total_steps - self.start_step, self.world.rank,
+            self.world.ranks, self.world.device,
         )  # fmt: skip
 
+    def values_at(self, step: int) -> StepValues:
+        """Learning rate and the like of a step."""
+        return self._schedules.at(step + self._steps_ahead)
+
+    @property
+    def _images_per_step(self) -> int:
+        run = self.config.run
+        return run.images * run.accumulate * self.world.ranks
+
+    def _images_seen(self, step: int) -> int:
+        """Before the first image of a step, in this run and those it goes on from."""
+        return self._first_image + (step - self.start_step) * self._images_per_step
+
     @contextmanager
-    def profiling(self) -> Iterator[None]:
-        """Record the first steps where --profile asks for it."""
+    def watching(self) -> Iterator[None]:
+        """Record the first steps where --profile asks for it; take note of signals that ask to stop."""
         steps = self.config.run.profile
-        if not steps or not self.world.is_first:
-            yield
-            return
-        plan = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
-        with torch.profiler.profile(schedule=plan, on_trace_ready=self._write_profile) as self._profiler:
-            yield
+        before = {asked: signal.signal(asked, self._note) for asked in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            if not steps or not self.world.is_first:
+                yield
+                return
+            plan = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+            with torch.profiler.profile(schedule=plan, on_trace_ready=self._write_profile) as self._profiler:
+                yield
+        finally:
+            for asked, handler in before.items():
+                signal.signal(asked, handler)
+
+    def _note(self, asked: int, _: Any) -> None:
+        self.asked_to_stop = True
 
     def _write_profile(self, profiler: torch.profiler.profile) -> None:
         folder = self.out / "profile"
@@ -95,20 +124,21 @@ class Run:
         (folder / "ops.txt").write_text(table, encoding="utf-8")
         _log.info("profile: %s", folder)
 
-    def after_step(
-        self, step: int, report: StepReport, values: StepValues, batches: Sequence[Batch], waited: float
-    ) -> None:
+    def after_step(self, step: int, report: StepReport, batches: Sequence[Batch], waited: float) -> None:
         """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
         run, done = self.config.run, step + 1
         if self._profiler is not None:
             self._profiler.step()
         self._count_bad(batches)
-        images = run.images * run.accumulate * self.world.ranks
         if self._predicted_bytes is not None and step == self.start_step + 1:
             peak = _peak_memory_bytes(self.world.device)
             _log.info("peak memory %.2f GB, predicted %.2f GB", peak / 1e9, self._predicted_bytes / 1e9)
-        epoch = done * images / len(self.dataset)
-        self.records.step(done, epoch, report, values, images, waited, len(self._bad))
+        epoch = self._images_seen(done) / len(self.dataset)
+        is_logged = done % run.log_every == 0 or done == self.total_steps
+        health = self.engine.health() if is_logged and (self.world.is_first or run.shard != "none") else {}
+        self.records.step(
+            done, epoch, report, self.values_at(step), self._images_per_step, waited, len(self._bad), health
+        )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= run.max_skipped:
             kept = checkpoint.complete(self.out / "checkpoints")
@@ -117,14 +147,27 @@ class Run:
                 f"the last good checkpoint: {kept[-1] if kept else 'none was written yet'}"
             )
         # Weights that the next step could not use must not push a good checkpoint out.
-        due = done % run.checkpoint_every == 0 and not report.skipped
+        due = (done % run.checkpoint_every == 0 or report.stop) and not report.skipped
         if due or done == self.total_steps:
-            checkpoint.save(
-                self.out / "checkpoints", done, self.engine.model, self.engine.optimizer, self.config,
-                self.statistics, run.keep_checkpoints, self.world,
-            )  # fmt: skip
+            self._save(done)
+        if report.stop and done < self.total_steps:
+            raise Preempted(
+                f"a signal asked for it after step {done}; --resume goes on from the newest checkpoint"
+            )
         if run.eval_every and done % run.eval_every == 0:
             self._evaluate_now(done)
+
+    def _save(self, step: int) -> None:
+        run = self.config.run
+        try:
+            checkpoint.save(
+                self.out / "checkpoints", step, self.engine.model, self.engine.optimizer, self.config,
+                self.statistics, run.keep_checkpoints, self.world, run.keep_every, self._images_seen(step),
+            )  # fmt: skip
+        except checkpoint.WriteError as error:
+            if run.on_write_error == "stop" or step == self.total_steps:
+                raise TrainingStopped(str(error)) from error
+            _log.warning("%s; the run goes on", error)
 
     def finish(self) -> None:
         """k-NN against the untrained network where there is something to classify, and the report."""
@@ -246,6 +289,8 @@ class Records:
     def __init__(self, out: Path, config: Config, world: World, start_step: int, total_steps: int) -> None:
         self.out, self.config, self.world = out, config, world
         self._skipped_steps, self._images, self._waited = 0, 0, 0.0
+        self._watch = Watch(config.model.num_prototypes)
+        self._tensorboard: SummaryWriter | None = None
         self._since = time.perf_counter()
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", disable=not world.is_first, dynamic_ncols=True,
@@ -270,6 +315,7 @@ class Records:
         images: int,
         waited: float,
         bad: int,
+        health: dict[str, float],
     ) -> None:
         """Take note of one step; every log_every steps, and at the last, write what came together."""
         self._skipped_steps += report.skipped
@@ -294,7 +340,11 @@ class Records:
             "peak_memory_bytes": _peak_memory_bytes(self.world.device),
             "skipped_steps": self._skipped_steps,
             "bad_images": bad,
+            **health,
         }
+        if health:
+            for sentence in self._watch.look(line):
+                _log.warning("%s", sentence)
         self._bar.set_postfix(
             loss=f"{line['loss']:.3f}", images_per_second=f"{line['images_per_second']:.1f}"
         )
@@ -308,19 +358,37 @@ class Records:
 
     def close(self) -> None:
         self._bar.close()
-        if self.world.is_first:
-            self._tensorboard.close()
+        if self._tensorboard is not None:
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                _log.warning("TensorBoard's events are not whole: %s", error.strerror or error)
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.world.is_first:
             return
-        with self._metrics_path.open("a", encoding="utf-8") as file:
-            # JSON has no NaN; null keeps the line readable by every parser.
-            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            file.write(json.dumps(plain) + "\n")
-        for name, value in line.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, line["step"])
+        # JSON has no NaN; null keeps the line readable by every parser.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        size = self._metrics_path.stat().st_size if self._metrics_path.exists() else 0
+        try:
+            with self._metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            os.truncate(self._metrics_path, size)  # no half line
+            self._not_written(f"the records of step {line['step']}", error)
+        try:
+            for name, value in line.items():
+                if name != "step" and self._tensorboard is not None:
+                    self._tensorboard.add_scalar(name, value, line["step"])
+        except OSError as error:
+            self._tensorboard = None  # its writer does not recover; metrics.jsonl holds the same
+            self._not_written("TensorBoard's events, which end here,", error)
+
+    def _not_written(self, what: str, error: OSError) -> None:
+        sentence = f"{what} cannot be written to {self.out}: {error.strerror or error}"
+        if self.config.run.on_write_error == "stop":
+            raise TrainingStopped(sentence) from error
+        _log.warning("%s; the run goes on", sentence)
 
     def _forget_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run does again, and a line cut short by a crash."""

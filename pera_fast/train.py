@@ -54,14 +54,13 @@ def train(config: Config, on: World) -> None:
     run = Run(config, on)
     loader = run.loader()
     try:
-        with run.profiling():
+        with run.watching():
             for step in range(run.start_step, run.total_steps):
                 started = time.perf_counter()
                 batches = [next(loader) for _ in range(run.config.run.accumulate)]
                 waited = time.perf_counter() - started
-                values = run.schedules.at(step)
-                report = run.engine.step(step, batches, values)
-                run.after_step(step, report, values, batches, waited)
+                report = run.engine.step(step, batches, run.values_at(step), run.asked_to_stop)
+                run.after_step(step, report, batches, waited)
     finally:
         run.records.close()
     run.finish()
@@ -73,7 +72,8 @@ def main() -> None:
         try:
             train(config, on)
         except TrainingStopped as error:
-            sys.exit(f"error: {error}")
+            print(f"{'error' if error.exit_code == 1 else 'stopped'}: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

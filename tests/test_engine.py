@@ -33,7 +33,8 @@ def run(
     dataset = WindowDataset(index, statistics, config)
     engine = engine or Engine(config, statistics, on)
     schedules = Schedules.of(config, len(dataset), on.ranks)
-    batches = make_loader(dataset, start, stop, on.rank, on.ranks)
+    whole = config.run.images * config.run.accumulate * on.ranks
+    batches = make_loader(dataset, start * whole, stop - start, on.rank, on.ranks)
     reports = [
         engine.step(step, [next(batches) for _ in range(config.run.accumulate)], schedules.at(step))
         for step in range(start, stop)
@@ -176,7 +177,20 @@ def _train_and_save(folder: str, out: str, options: str) -> None:
 
 def _on_this_rank(folder: Path, out: Path, options: dict[str, Any], on: World) -> None:
     """Returns before the process group ends, so that nothing of the engine outlives it."""
+    poisoned = options.pop("poisoned", None)
     engine, reports = run(folder, tiny_config(**options), 3, on=on)
+    if poisoned is not None:  # a gradient on one rank alone
+        before = {name: whole(value).clone() for name, value in state(engine).items()}
+        hook = engine.model.pixel_head.mlp[0].weight.register_hook(
+            lambda gradient: gradient * (float("nan") if on.rank == poisoned else 1.0)
+        )
+        _, after = run(folder, tiny_config(**options), 4, 3, engine, on)
+        hook.remove()
+        assert after[0].skipped, on.rank
+        for name, value in state(engine).items():
+            assert torch.equal(whole(value), before[name]), name
+        _, after = run(folder, tiny_config(**options), 4, 3, engine, on)
+        assert not after[0].skipped
     sharded = [name for name, p in engine.model.named_parameters() if hasattr(p, "to_local")]
     teacher = engine.teacher().state_dict()
     found = {name: whole(value) for name, value in state(engine).items()}
@@ -216,6 +230,14 @@ def test_several_ranks_equal_one(
     assert is_exact or not same, "the option does nothing"
     every = len(list(one.model.parameters()))
     assert several["sharded"] == (every if "shard" in options else 0)
+
+
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    shard: str, image_folder: Path, tmp_path: Path
+) -> None:
+    options = {"batch_size": 4, "shard": shard, "poisoned": 1}
+    several_ranks(__file__, 2, image_folder, tmp_path / "out.pt", json.dumps(options))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,11 @@ def _batches(folder: Path, config: Config, engine: Any) -> list[Any]:
     from pera_fast.data.loader import WindowDataset, make_loader
     from pera_fast.data.sources import scan
 
-    loader = make_loader(WindowDataset(scan(folder), engine.statistics, config), 2, 3)
+    loader = make_loader(
+        WindowDataset(scan(folder), engine.statistics, config),
+        2 * config.run.images * config.run.accumulate,
+        1,
+    )
     return [next(loader) for _ in range(config.run.accumulate)]
 
 
@@ -212,7 +216,7 @@ def test_little_is_left_to_the_host(image_folder: Path, monkeypatch: pytest.Monk
     engine, _ = run(image_folder, config, 1)
     batches = _batches(image_folder, config, engine)
     engine._graph = StepGraph(
-        lambda inputs: torch.zeros(7), engine._inputs(1, batches), lambda f: (f(), lambda: None)
+        lambda inputs: torch.zeros(8), engine._inputs(1, batches), lambda f: (f(), lambda: None)
     )
     crop_patches = engine_module.ops.crop_patches
     monkeypatch.setattr(  # as on a GPU, where the loader's numbers are not read back

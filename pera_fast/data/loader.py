@@ -198,36 +198,36 @@ def _aligned(size: int) -> int:
 
 
 class StreamSampler:
-    """Positions of each forward pass of one rank, from `start_step` on.
+    """Positions of each forward pass of one rank, for `steps` steps from position `first` on.
 
-    Step s takes positions [s, s + 1) x whole batch; within it, part p of rank r takes images
+    Each step takes the next whole batch of positions; within it, part p of rank r takes images
     [p * ranks + r, + 1) x batch_size. So the images of a step do not depend on how they are shared out.
     """
 
-    def __init__(self, config: Config, start_step: int, total_steps: int, rank: int, ranks: int) -> None:
+    def __init__(self, config: Config, first: int, steps: int, rank: int, ranks: int) -> None:
         self.batch_size, self.accumulate = config.run.images, config.run.accumulate
-        self.steps, self.rank, self.ranks = range(start_step, total_steps), rank, ranks
+        self.first, self.steps, self.rank, self.ranks = first, steps, rank, ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         parts = self.accumulate * self.ranks
-        for step in self.steps:
+        for step in range(self.steps):
             for part in range(self.accumulate):
-                start = (step * parts + part * self.ranks + self.rank) * self.batch_size
+                start = self.first + (step * parts + part * self.ranks + self.rank) * self.batch_size
                 yield list(range(start, start + self.batch_size))
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulate
+        return self.steps * self.accumulate
 
 
 def make_loader(
     dataset: WindowDataset,
-    start_step: int,
-    total_steps: int,
+    first: int,
+    steps: int,
     rank: int = 0,
     ranks: int = 1,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """Batches of one rank on `device` (default: the CPU) in order, one per forward pass.
+    """Batches of one rank on `device` (default: the CPU) in order, one per forward pass; see StreamSampler.
 
     DataError when no image is readable any more.
     """
@@ -235,7 +235,7 @@ def make_loader(
     on_gpu = device is not None and device.type == "cuda"
     loader: DataLoader = DataLoader(
         dataset,
-        batch_sampler=StreamSampler(config, start_step, total_steps, rank, ranks),
+        batch_sampler=StreamSampler(config, first, steps, rank, ranks),
         collate_fn=collate,
         num_workers=config.data.workers,
         pin_memory=on_gpu,

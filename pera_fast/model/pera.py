@@ -78,6 +78,7 @@ class Losses(NamedTuple):
     z_teacher_sum: Tensor  # [bottleneck], over all rows, for the centre
     koleo_neighbours: Tensor  # int64 [num_global, batch]
     rows: int  # crops × images
+    sample: tuple[Tensor, Tensor]  # student's and teacher's z [n, bottleneck] of n different images, n <= 16
 
 
 class Network(nn.Module):
@@ -187,7 +188,7 @@ class PerA(nn.Module):
         total = distill.mean() + optim.koleo_weight * koleo.sum() + optim.pixel_weight * pixel
         return Losses(
             total, distill.detach(), koleo.detach().mean(), pixel.detach(), z_teacher.sum(0), neighbours,
-            len(z_teacher),
+            len(z_teacher), (z_student[: min(batch, 16)].detach(), z_teacher[: min(batch, 16)]),
         )  # fmt: skip
 
     @torch.no_grad()

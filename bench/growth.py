@@ -143,7 +143,8 @@ def draw() -> None:
             axes[0, column].plot(x, rates, marker="o", color=colours[side], label=side)
             axes[1, column].plot(x, peaks, marker="o", color=colours[side], label=side)
         axes[1, column].set(xscale="log", xlabel=LABELS[name])
-        axes[1, column].set_xticks(numbers, [f"{n:,}" if n < 10000 else f"{n // 1024}k" for n in numbers])
+        labels = [str(n) if n < 1024 else f"{n // 1024}k" for n in numbers]
+        axes[1, column].set_xticks(numbers, labels, fontsize=8)
         axes[1, column].minorticks_off()
         for row in (0, 1):
             axes[row, column].set_ylim(bottom=0)

@@ -185,7 +185,10 @@ def test_a_full_disk_ends_a_run_with_the_checkpoint_before_whole(image_folder: P
         limit(process, 20_000)
         assert process.wait(timeout=60) == 1
     last = log.read_text().strip().splitlines()[-1]
-    assert re.match(r"error: (the (checkpoint|records) of step \d+|TensorBoard.s events.*) cannot be written to .*: ", last), last
+    assert re.match(
+        r"error: (the (checkpoint|records) of step \d+|TensorBoard.s events.*) cannot be written to .*: ",
+        last,
+    ), last
     kept = last_step(out)
     assert kept >= 5 and not list((out / "checkpoints").glob(".partial_*"))
     more = (*options, "--max-steps", kept + 2)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -55,9 +55,9 @@ def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]
         try:
             yield process
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
@@ -157,14 +157,18 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
     assert_same(out, straight)
 
 
-def test_one_rank_that_is_asked_stops_all(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whom", ["one rank", "torchrun"])
+def test_one_rank_that_is_asked_or_torchrun_itself_stops_all(
+    whom: str, image_folder: Path, tmp_path: Path
+) -> None:
+    """torchrun passes SIGTERM on to its ranks and to the workers that read for them."""
     out, log = tmp_path / "out", tmp_path / "log"
     arguments = command(image_folder, out, "--max-steps", 5000, "--epochs", 3000, ranks=2)
     arguments[arguments.index("--max-restarts=99")] = "--max-restarts=0"
     with started(arguments, log) as torchrun:
         wait_for(lambda: (out / "metrics.jsonl").exists() and len(lines(out)) >= 3, torchrun, log)
-        os.kill(ranks_of(torchrun)[-1], signal.SIGTERM)
-        assert torchrun.wait(timeout=60) != 0
+        os.kill(torchrun.pid if whom == "torchrun" else ranks_of(torchrun)[-1], signal.SIGTERM)
+        assert torchrun.wait(timeout=60) == 1
     assert log.read_text().count("stopped: a signal asked for it after step") == 2
     assert last_step(out) == lines(out)[-1]["step"]
 

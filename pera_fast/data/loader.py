@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -240,12 +241,19 @@ def make_loader(
         num_workers=config.data.workers,
         pin_memory=on_gpu,
         prefetch_factor=2 if config.data.workers else None,
+        worker_init_fn=_ignore_signals,
     )
     try:
         yield from copied_ahead(loader, device) if on_gpu and device else loader
     except DataError as error:
         # A worker's exception arrives with its traceback before the sentence.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_DATA_ERROR}: ")) from None
+
+
+def _ignore_signals(_: int) -> None:
+    """A scheduler's signals reach every process; who trains decides what to do, and needs data to finish its step."""
+    for asked in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(asked, signal.SIG_IGN)
 
 
 def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

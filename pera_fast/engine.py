@@ -120,20 +120,22 @@ class Engine:
         self._temperature.fill_(values.teacher_temperature)
         self._stop.fill_(stop)
         self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
-        try:
-            inputs = self._inputs(step, batches)
-            if self._record(inputs):
-                return self._report(self._graph(inputs), len(inputs))  # type: ignore[misc]
-            parts = self._gradients(inputs)
-        except torch.OutOfMemoryError as error:
-            images, passes = len(batches[0]), self._passes_per_batch
-            if passes > 1 or self.world.ranks > 1 or images == 1:
-                raise TrainingStopped(
-                    f"out of memory in step {step + 1} on rank {self.world.rank} with {images // passes} images in a "
-                    "forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all needs less"
-                ) from error
-            parts = []
-        if not parts:  # outside of the handler, whose traceback holds the tensors of the failed pass
+        while True:
+            try:
+                inputs = self._inputs(step, batches)
+                if self._record(inputs):
+                    return self._report(self._graph(inputs), len(inputs))  # type: ignore[misc]
+                parts = self._gradients(inputs)
+                break
+            except torch.OutOfMemoryError as error:
+                images, passes = len(batches[0]), self._passes_per_batch
+                if passes > 1 or self.world.ranks > 1 or images == 1:
+                    raise TrainingStopped(
+                        f"out of memory in step {step + 1} on rank {self.world.rank} with {images // passes} images "
+                        "in a forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all "
+                        "needs less"
+                    ) from error
+            # Outside of the handler, whose traceback holds the tensors of the failed pass.
             self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
             self._graph = None
             self.optimizer.zero_grad()
@@ -143,8 +145,6 @@ class Engine:
                 "out of memory in step %d with %d images in a forward pass; taken again with %d in each of %d passes",
                 step + 1, images, images // self._passes_per_batch, self._passes_per_batch,
             )  # fmt: skip
-            inputs = self._inputs(step, batches)
-            parts = self._gradients(inputs)
         return self._report(self._update(parts), len(inputs))
 
     def probe(self, patches: Patches) -> None:

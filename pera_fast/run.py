@@ -78,10 +78,10 @@ class Run:
 
     def loader(self) -> Iterator[Batch]:
         """This rank's batches from the start step on, one per forward pass."""
+        steps = max(0, self.total_steps - self.start_step)  # a run may go on from beyond --max-steps
         return make_loader(
-            self.dataset, self._first_image, self.total_steps - self.start_step, self.world.rank,
-            self.world.ranks, self.world.device,
-        )  # fmt: skip
+            self.dataset, self._first_image, steps, self.world.rank, self.world.ranks, self.world.device
+        )
 
     def values_at(self, step: int) -> StepValues:
         """Learning rate and the like of a step."""

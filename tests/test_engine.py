@@ -181,9 +181,12 @@ def _on_this_rank(folder: Path, out: Path, options: dict[str, Any], on: World) -
     engine, reports = run(folder, tiny_config(**options), 3, on=on)
     if poisoned is not None:  # a gradient on one rank alone
         before = {name: whole(value).clone() for name, value in state(engine).items()}
-        hook = engine.model.pixel_head.mlp[0].weight.register_hook(
-            lambda gradient: gradient * (float("nan") if on.rank == poisoned else 1.0)
-        )
+        factor = float("nan") if on.rank == poisoned else 1.0
+
+        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            output.register_hook(lambda gradient: gradient * factor)
+
+        hook = engine.model.pixel_head.mlp[1].register_forward_hook(spoil)
         _, after = run(folder, tiny_config(**options), 4, 3, engine, on)
         hook.remove()
         assert after[0].skipped, on.rank

@@ -89,7 +89,7 @@ def test_what_cannot_be_used_is_refused(table: SceneTable, tmp_path: Path) -> No
     rows = table.folder / "rows.bin"
     whole = rows.read_bytes()
     rows.write_bytes(whole[: -len(whole) // len(SCENES)])
-    with pytest.raises(DataError, match="index: expected format 2, whole"):
+    with pytest.raises(DataError, match="index: expected format 3, whole"):
         SceneTable(table.folder)
     rows.write_bytes(whole[:-3])
     with pytest.raises(DataError, match="index: .* cannot be read"):
@@ -97,6 +97,17 @@ def test_what_cannot_be_used_is_refused(table: SceneTable, tmp_path: Path) -> No
     rows.write_bytes(b"")
     with pytest.raises(DataError, match="index: .* cannot be read"):
         SceneTable(table.folder)
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "text.bin"])
+def test_a_damaged_byte_is_found(name: str, image_folder: Path, tmp_path: Path) -> None:
+    scan_or_open(image_folder, tmp_path / "index", 0.1)
+    file = tmp_path / "index" / name
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 64
+    file.write_bytes(damaged)
+    with pytest.raises(DataError, match=f"index: .*{name} is damaged; remove it"):
+        scan_or_open(image_folder, tmp_path / "index", 0.1)
 
 
 def test_a_scan_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -155,6 +166,9 @@ def test_five_million_images_on_64_ranks(tmp_path: Path) -> None:
     rows["end"] = np.arange(1, count + 1) * text.shape[1]
     rows.tofile(folder / "rows.bin")
     text.tofile(folder / "text.bin")
+    facts = json.loads((folder / "index.json").read_text())
+    facts["crc32"] = {name: index_module._checksum(folder / name) for name in ("rows.bin", "text.bin")}
+    (folder / "index.json").write_text(json.dumps(facts))
     done = subprocess.run(
         [sys.executable, "-c", MILLIONS, str(folder)], capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},

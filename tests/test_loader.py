@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +19,7 @@ from PIL import Image
 from pera_fast.config import Config, CropConfig
 from pera_fast.data.crops import draw_box, draw_crops
 from pera_fast.data.loader import Batch, StreamSampler, WindowDataset, make_loader
-from pera_fast.data.sources import DataError, scan
+from pera_fast.data.sources import DataError, Scene, SceneIndex, scan
 from pera_fast.data.statistics import compute_statistics
 
 
@@ -111,6 +115,31 @@ def test_a_file_that_goes_bad_is_replaced_and_named(image_folder: Path) -> None:
         data.config = replace(data.config, data=replace(data.config.data, workers=workers))
         with pytest.raises(DataError, match=r"^no image is readable any more; the first is .*png: [^\n]*$"):
             next(make_loader(data, 0, 1))
+
+
+def test_data_that_are_gone_are_given_up_soon(image_folder: Path) -> None:
+    """As where a disk with millions of images is taken away."""
+    gone = [Scene(f"/gone/{i}.png", 64, 64, 3, "uint8", None) for i in range(100_000)]
+    data = dataset(image_folder)
+    everything = WindowDataset(SceneIndex(gone, []), data.statistics, data.config)
+    started = time.perf_counter()
+    with pytest.raises(DataError, match="no image is readable any more"):
+        everything[5]
+    assert time.perf_counter() - started < 10
+
+
+def test_a_worker_that_is_stuck_is_ended(image_folder: Path) -> None:
+    """SIGTERM lets it go on for a while only, or a process that ends would wait for it for ever."""
+    code = (
+        "import os, signal, time, pera_fast.data.loader as loader\n"
+        "loader._GRACE = 1\n"
+        "loader._outlive_signals(0)\n"
+        "os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('goes on', flush=True)\n"
+        "while True: time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "goes on\n" and done.returncode == -signal.SIGALRM
 
 
 def test_mixed_dtypes_keep_their_values(tmp_path: Path) -> None:

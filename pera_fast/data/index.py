@@ -1,7 +1,7 @@
 """A scanned folder as columns on disk: millions of scenes, opened at once and shared between processes.
 
     index/
-        index.json    format, root, the dtypes and nodata values that rows refer to, unreadable files
+        index.json    format, root, the dtypes and nodata values that rows refer to, unreadable files, checksums
         rows.bin      one row per scene, in path order; shard: 0, or 1 + bytes of its text that name its tar shard
         text.bin      what follows root in their paths, one after the other, as bytes
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +23,8 @@ import numpy as np
 from pera_fast.data.shards import Place
 from pera_fast.data.sources import DataError, Scene, SceneIndex, printable, scan
 
-_FORMAT = 2
+_FORMAT = 3
+_COLUMNS = ("rows.bin", "text.bin")
 _ROW = np.dtype(
     [
         ("end", "u8"), ("height", "u4"), ("width", "u4"), ("num_bands", "u2"), ("dtype", "u1"), ("nodata", "u2"),
@@ -81,6 +83,12 @@ class SceneTable(Sequence[Scene]):
             nodata=self._facts["nodata"][row["nodata"]],
         )
 
+    def check(self) -> None:
+        """Read it once, whole: a DataError if it is not as it was written."""
+        for name in _COLUMNS:
+            if _checksum(self.folder / name) != self._facts["crc32"][name]:
+                raise DataError(f"index: {printable(self.folder / name)} is damaged; remove it to scan anew")
+
     @property
     def dtypes(self) -> list[str]:
         """Of the scenes, each once; the column "dtype" counts in them."""
@@ -89,6 +97,15 @@ class SceneTable(Sequence[Scene]):
     def column(self, name: str) -> np.ndarray:
         """height, width, num_bands or dtype of every scene."""
         return self._rows[name]
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32, read piece by piece, so that the file does not count as this process's memory."""
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            found = zlib.crc32(piece, found)
+    return found
 
 
 def _after(root: str, path: str) -> bytes:
@@ -145,6 +162,7 @@ def write(
             # By its text, since one NaN does not equal another.
             "nodata": [None if text == "None" else float(text) for text in nodata],
             "bad": [(os.fsencode(path).hex(), reason) for path, reason in bad],
+            "crc32": {name: _checksum(partial / name) for name in _COLUMNS},
         }
         (partial / "index.json").write_text(json.dumps(facts))
         if target.exists():
@@ -169,6 +187,7 @@ def scan_or_open(
         found = scan(root, max_bad_share)
         write(index, os.fspath(root), found.scenes, found.bad)
     table = SceneTable(index)
+    table.check()
     if os.path.realpath(table.root) != os.path.realpath(root):
         raise DataError(
             f"index: expected one of {printable(root)}, got one of {printable(table.root)} in {printable(index)}"

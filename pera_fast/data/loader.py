@@ -28,6 +28,8 @@ from pera_fast.reference import PIXEL_DTYPES, CropTable, SourceImages
 _log = logging.getLogger("pera_fast")
 _ALIGN = 16  # bytes; everything in a batch's buffer starts where any dtype may be viewed
 _WINDOW_DRAWS = 10
+_SCENE_DRAWS = 1000  # then the data are gone, and going through millions more of them would look like a hang
+_GRACE = 60  # seconds a worker goes on for after SIGTERM
 _DATA_ERROR = f"{DataError.__module__}.{DataError.__qualname__}"  # as a traceback names it
 
 
@@ -114,7 +116,7 @@ class WindowDataset(Dataset[Sample]):
         epoch, place = divmod(position, len(self))
         bad: list[tuple[str, str]] = []
         # The next scene in the epoch's order stands in for one that cannot be read or shows nothing.
-        for tries in range(len(self)):
+        for tries in range(min(len(self), _SCENE_DRAWS)):
             sample = int(self.order(epoch)[(place + tries) % len(self)])
             scene = self.scenes[int(np.searchsorted(self.ends, sample, side="right"))]
             random = np.random.default_rng([self.config.run.seed, epoch, sample])
@@ -132,7 +134,7 @@ class WindowDataset(Dataset[Sample]):
             }
             return Sample(pixels, low.astype(np.float32), high.astype(np.float32), crops, bad)
         if not bad:
-            raise DataError("no window with a valid pixel was found in any image")
+            raise DataError(f"no window with a valid pixel was found in {tries + 1} draws")
         raise DataError(f"no image is readable any more; the first is {printable(bad[0][0])}: {bad[0][1]}")
 
     def _read(self, scene: Scene, random: np.random.Generator) -> np.ndarray | None:
@@ -241,7 +243,7 @@ def make_loader(
         num_workers=config.data.workers,
         pin_memory=on_gpu,
         prefetch_factor=2 if config.data.workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_outlive_signals,
     )
     try:
         yield from copied_ahead(loader, device) if on_gpu and device else loader
@@ -250,10 +252,13 @@ def make_loader(
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_DATA_ERROR}: ")) from None
 
 
-def _ignore_signals(_: int) -> None:
-    """A scheduler's signals reach every process; who trains decides what to do, and needs data to finish its step."""
-    for asked in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(asked, signal.SIG_IGN)
+def _outlive_signals(_: int) -> None:
+    """A scheduler's signals reach every process; who trains decides what to do, and needs data to finish its step.
+
+    Not for ever: a worker that is stuck, or that nobody closed, is ended by SIGTERM, too.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

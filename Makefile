@@ -11,8 +11,9 @@ EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell echo ,gpu))
 train: $(READY)
 	$(BIN)/python -m pera_fast.train $(ARGS)
 
+# Two at a time: most tests start processes of one thread, and wait for them.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Threads wait as in training (pera_fast/_cli.py). Loss and ViT are measured again with a malloc that gives no memory
 # back, as jemalloc or a GPU's allocator would. One file per machine and day under bench/results/, then the

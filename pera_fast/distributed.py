@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,35 @@ class World:
         return box[0]
 
 
+def _store(timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other: torchrun's store, or after it one that this start alone writes to.
+
+    torchrun keeps its store over restarts (torch 2.13), so a rank may find the address of one that was killed there,
+    and both then wait for each other without end. So rank 0 opens a store of its own and leaves its port in torchrun's:
+    of an earlier start's port nobody answers any more.
+    """
+    shared, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return shared
+    host, key = os.environ["MASTER_ADDR"], "pera_fast/port"
+    if rank == 0:
+        own = dist.TCPStore(host, 0, ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        shared.set(key, str(own.port))
+        return own
+    give_up = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            own = dist.TCPStore(
+                host, int(shared.get(key)), ranks, is_master=False, timeout=timedelta(seconds=5)
+            )
+        except dist.DistError:
+            if time.monotonic() > give_up:
+                raise
+        else:
+            own.set_timeout(timeout)
+            return own
+
+
 @contextmanager
 def world(device_name: str) -> Iterator[World]:
     """Join the ranks that torchrun started; NCCL on CUDA, gloo on CPU. Leaves the group at the end."""
@@ -80,7 +110,11 @@ def world(device_name: str) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if ranks > 1:
         # The others wait while rank 0 evaluates, which may take longer than the default of ten minutes.
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=2))
+        timeout = timedelta(hours=2)
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo", store=_store(timeout), rank=int(os.environ["RANK"]), world_size=ranks,
+            timeout=timeout,
+        )  # fmt: skip
     try:
         yield World(int(os.environ.get("RANK", "0")), ranks, device)
     finally:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import pera_fast
 from pera_fast import batch, checkpoint
-from pera_fast.config import Config, ConfigError, save_yaml, to_dict
+from pera_fast.config import Config, ConfigError, load_yaml, save_yaml, to_dict
 from pera_fast.data.index import scan_or_open
 from pera_fast.data.loader import Batch, WindowDataset, make_loader
 from pera_fast.data.sources import DataError, SceneIndex, printable
@@ -47,6 +47,7 @@ class Run:
         # Before the work rather than after it: folders that cannot be written or evaluated are refused here.
         if world.is_first:
             _check_out(self.out)
+            _check_same_run(self.out, config)
         self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
         self.index = self._index()
@@ -230,17 +231,13 @@ class Run:
             _log.info("no checkpoint in %s yet: starting at step 0", self.out)
             return None
         found = checkpoint.Checkpoint.open(self.out)
-        then, now = to_dict(found.config), to_dict(self.config)
-        changed = [(s, name) for s in now for name in now[s] if then[s][name] != now[s][name]]
-        for section, name in changed:
+        for section, name, then, now in _differences(found.config, self.config):
             # What the network sees and is must stay; the rest may change, and is said.
             if section in ("model", "crops") or name == "bands":
                 raise ConfigError(
-                    f"{name}: expected {then[section][name]} as in {found.path}, which --resume goes on "
-                    f"from, got {now[section][name]}"
+                    f"{name}: expected {then} as in {found.path}, which --resume goes on from, got {now}"
                 )
-            if name not in ("resume", "max_steps", "out"):
-                _log.info("%s was %s, is now %s", name, then[section][name], now[section][name])
+            _log.info("%s was %s, is now %s", name, then, now)
         return found
 
     def _statistics(self) -> Statistics:
@@ -422,6 +419,35 @@ def _check_out(out: Path) -> None:
     if any(out.iterdir()) and not any((out / mark).exists() for mark in _MARKS):
         raise ConfigError(
             f"out: expected a new or empty folder or an earlier run's, got {out} with other files"
+        )
+
+
+def _differences(then: Config, now: Config) -> list[tuple[str, str, Any, Any]]:
+    """(section, name, then, now) of each value that differs, but for where a run is and how far it goes."""
+    a, b = to_dict(then), to_dict(now)
+    return [
+        (section, name, a[section][name], value)
+        for section in b
+        for name, value in b[section].items()
+        if a[section][name] != value and name not in ("resume", "max_steps", "out")
+    ]
+
+
+def _check_same_run(out: Path, config: Config) -> None:
+    """ConfigError where `out` holds a run with other values, unless --resume goes on with it."""
+    if not (out / "config.yaml").exists() or (config.run.resume and checkpoint.complete(out / "checkpoints")):
+        return
+    try:
+        then = load_yaml(out / "config.yaml")
+    except ConfigError:
+        return  # cut off, or of another version: moved aside like a run of the same values
+    if config.run.batch_size == "auto":  # a number by the time it is recorded
+        then = replace(then, run=replace(then.run, batch_size="auto"))
+    found = [f"{name} {before}, now {value}" for _, name, before, value in _differences(then, config)]
+    if found:
+        raise ConfigError(
+            f"out: {out} holds a run with other values ({'; '.join(found)}): expected another --out, "
+            "--resume to go on with that run, or that folder moved away"
         )
 
 

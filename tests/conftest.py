@@ -99,14 +99,22 @@ def three_way(
     eager: Callable[..., torch.Tensor],
     *inputs: torch.Tensor,
     slack: float,
+    floor: float = 0.0,
 ) -> None:
-    """error(function vs float64) <= error(eager in the same dtype vs float64) + slack, outputs and gradients."""
+    """error(function vs float64) <= error(eager in the same dtype vs float64) + slack, outputs and gradients.
+
+    Errors are shares of a tensor's norm, or of `floor` where that is larger: what is all but 0 is a difference of
+    larger numbers.
+    """
     errors = []
     exact = _outputs_and_gradients(eager, [x.double() for x in inputs])
     for f in (function, eager):
         got = _outputs_and_gradients(f, list(inputs))
         errors.append(
-            [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(got, exact, strict=True)]
+            [
+                (a.double() - b).norm().item() / (max(b.norm().item(), floor) or 1)
+                for a, b in zip(got, exact, strict=True)
+            ]
         )
     for ours, theirs in zip(*errors, strict=True):
         assert ours <= theirs + slack, f"error {ours:.3g} against {theirs:.3g} of eager PyTorch"

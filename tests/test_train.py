@@ -13,6 +13,8 @@ from conftest import run_module
 from PIL import Image
 from safetensors.torch import load_file
 
+from pera_fast.config import OptimConfig
+
 SMALL = (
     "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-px", 8, "--global-px", 40, "--local-px", 24,
     "--num-prototypes", 64, "--head-hidden-dim", 32, "--head-bottleneck-dim", 16, "--batch-size", 4,
@@ -68,6 +70,23 @@ def test_a_second_run_moves_the_first_aside(image_folder: Path, tmp_path: Path) 
         done = run_module("pera_fast.train", *SMALL, "--data", image_folder, "--out", out, "--max-steps", 1)
         assert done.returncode == 0, done.stderr
     assert len(lines(out)) == 1 and len(lines(tmp_path / "run.old-1")) == 1
+
+
+def test_the_folder_of_another_run_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["pera_fast.train", *SMALL, "--data", image_folder, "--out", out, "--max-steps", 1]
+    assert run_module(*command).returncode == 0
+    before = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
+    refused = run_module(*command, "--lr", 0.25, "--seed", 3)
+    lr = OptimConfig().lr
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
+        f"error: out: {out} holds a run with other values (lr {lr}, now 0.25; seed 0, now 3): expected another "
+        "--out, --resume to go on with that run, or that folder moved away"
+    )
+    assert {path: path.stat() for path in sorted(tmp_path.rglob("*"))} == before
+    assert run_module(*command, "--lr", 0.25, "--resume").returncode == 0
+    (out / "config.yaml").write_text("run: {no_such_value: 1}")
+    assert run_module(*command).returncode == 0 and (tmp_path / "run.old-1").exists()
 
 
 def test_torchrun_with_two_ranks(image_folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def adamw_ema(
     Source: Loshchilov & Hutter 2019; PerA (arXiv 2505.19447).
 
     params, grads, exp_avgs, exp_avg_sqs: one float tensor per parameter, of equal shapes at each place; the moments
-    have the parameter's dtype. float32 and bfloat16 take the kernels, other dtypes PyTorch.
+    have the parameter's dtype. float32 and bfloat16 take the kernels, other dtypes PyTorch, which leaves the gradients
+    clipped.
     steps: float32 [] per parameter, the updates it has had; advanced.
     teachers, shadows, teacher_shadows: the same, or None at places without one, or None for none at all.
     grad_norm: float32 [] on the device, of `ops.grad_norm` or any other. lr, weight_decay, momentum: numbers, or

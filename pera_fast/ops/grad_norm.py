@@ -37,7 +37,12 @@ def _kernels(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _torch_foreach(grads: Sequence[Tensor]) -> Tensor:
-    return torch.nn.utils.get_total_norm(list(grads)).float()
+    norms: list[Tensor] = []
+    # clip_grad_norm_ sums bfloat16 in bfloat16: off by some thousandths, and float16's norms overflow.
+    for dtype in (torch.float32, torch.float64):
+        if same := [g for g in grads if (g.dtype == torch.float64) == (dtype == torch.float64)]:
+            norms += torch._foreach_norm(same, 2, dtype)
+    return torch.stack([norm.double() for norm in norms]).norm().float()
 
 
 if _library.why_no_cpp() is None:

@@ -57,6 +57,15 @@ _SCHEDULES = {
     "teacher_temperature": ("Teacher temperature", "smaller = surer targets"),
     "grad_norm": ("Gradient norm", "before clipping"),
 }
+_HEALTH = {
+    "teacher_entropy": ("Teacher's entropy", "of an image's assignment, in nats; log K would say nothing"),
+    "prototype_entropy": (
+        "Prototypes' entropy",
+        "of all images' mean assignment; 0 = all share one prototype",
+    ),
+    "kl": ("KL, teacher to student", "what the distillation loss can still gain"),
+    "feature_std": ("Spread of features", "from 0, all images equal (collapse), to 1"),
+}
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; color-scheme: light;
@@ -96,6 +105,7 @@ def write_report(
         _summary(run_folder, config, scenes, backbone, metrics),
         _curves("Losses", "losses", _LOSSES, metrics, _LOSS_NOTE),
         _curves("Schedules and gradient", "schedules", _SCHEDULES, metrics),
+        _curves("Assignments and spread", "health", _HEALTH, metrics),
         _crop_sections(config, statistics, scenes),
         _pca_section(backbone, config, statistics, scenes),
     ]

@@ -337,3 +337,28 @@ def test_nothing_is_unpickled(image_folder: Path, tmp_path: Path) -> None:
         (image_folder / image).write_bytes(poison)
     done = run_module(*command(image_folder, tmp_path / "new", "--max-steps", 1, "--max-bad-share", 0.5)[2:])
     assert done.returncode == 0 and not made.exists()
+
+
+OBSERVED = """
+import runpy, sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind", "os.system", "os.exec", "os.posix_spawn"):
+        print("SEEN", event, arguments[1:], file=sys.stderr)
+    if event == "subprocess.Popen":
+        print("SEEN", event, arguments[:2], file=sys.stderr)
+    if event == "pickle.find_class":
+        print("SEEN", event, arguments, file=sys.stderr)
+sys.addaudithook(watch)
+sys.argv = sys.argv[1:]
+runpy.run_module("pera_fast.train", run_name="__main__")
+"""
+
+
+def test_a_run_opens_no_connection_and_starts_no_program(image_folder: Path, tmp_path: Path) -> None:
+    arguments = command(image_folder, tmp_path / "out", "--max-steps", 2, "--workers", 0)[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", OBSERVED, "pera_fast.train", *arguments], env=ENVIRONMENT, capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("SEEN")] == []

@@ -25,13 +25,14 @@ from pera_fast.data.statistics import Statistics, compute_statistics
 from pera_fast.engine import Engine
 from pera_fast.evaluate import untrained_backbone
 
-SECTIONS = ("summary", "losses", "schedules", "masks", "views", "features")
+SECTIONS = ("summary", "losses", "schedules", "health", "masks", "views", "features")
 
 
 def line(step: int, **changed: object) -> dict[str, object]:
     names = (
         "loss", "distill_global", "distill_local", "koleo", "pixel", "lr", "weight_decay", "momentum",
-        "teacher_temperature", "grad_norm", "images_per_second", "data_wait_share",
+        "teacher_temperature", "grad_norm", "images_per_second", "data_wait_share", "teacher_entropy",
+        "prototype_entropy", "kl", "feature_std",
     )  # fmt: skip
     values: dict[str, object] = {name: 1.5 + 1 / step for name in names}
     counts = {"peak_memory_bytes": 2**30, "skipped_steps": 0, "bad_images": 0}
@@ -93,7 +94,7 @@ def test_every_section_has_its_pictures(tmp_path: Path, bands: int, dtype: str) 
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     page = write(tmp_path, scenes, setting(bands))
     counts = [len(pictures(section(page, name))) for name in SECTIONS]
-    assert counts == [0, 5, 4, 2, 4, 9]
+    assert counts == [0, 5, 4, 4, 2, 4, 9]
     for picture in pictures(page):
         assert picture.std() > 1  # something is drawn
     grey = "in grey" in page

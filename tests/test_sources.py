@@ -598,6 +598,42 @@ def test_files_that_are_no_images(tmp_path: Path, name: str, content: bytes, wor
         open_scene(tmp_path / name)
 
 
+def test_images_without_pixels(tmp_path: Path) -> None:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 0, 9, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(head + bytes(12))
+    with pytest.raises(UnreadableImage, match="image of 0x9 pixels|image of 9x0 pixels"):
+        open_scene(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("nodata", [0, None])
+def test_tiles_that_were_never_written(tmp_path: Path, nodata: int | None) -> None:
+    """Of a sparse GeoTIFF: missing pixels where the file has a nodata value, zeros as GDAL says where it has none."""
+    options = {"tiled": True, "blockxsize": 64, "blockysize": 64, "sparse_ok": True, "nodata": nodata}
+    tile = noise(3, 64, 64, high=255) + np.uint8(1)
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", count=3, height=128, width=128, dtype="uint8", **options
+    ) as file:
+        file.write(tile, window=Window(64, 0, 64, 64))
+    pixels, valid = read_all(tmp_path / "a.tif")
+    np.testing.assert_array_equal(pixels[:, :64, 64:], tile)
+    assert valid[:64, 64:].all() and not pixels[:, 64:].any()
+    assert valid[64:].all() == (nodata is None) and valid[64:].any() == (nodata is None)
+
+
+def test_band_counts_may_change_from_file_to_file(tmp_path: Path) -> None:
+    for count in (1, 2, 3, 4):
+        write_tiff(tmp_path / f"{count}.tif", noise(count, 8, 8))
+    scenes = scan(tmp_path).scenes
+    assert [scene.num_bands for scene in scenes] == [1, 2, 3, 3]  # the fourth of four uint8 bands is alpha
+    for scene in scenes:
+        if scene.num_bands == 2:
+            with pytest.raises(UnreadableImage, match="3 bands asked for, the image has 2"):
+                read_window(scene, 0, 0, 8, 8, bands=None, in_bands=3)
+        else:  # a single band is taken for all three
+            assert read_window(scene, 0, 0, 8, 8, bands=None, in_bands=3)[0].shape == (3, 8, 8)
+
+
 def test_decompression_bombs_are_refused_from_the_header(tmp_path: Path) -> None:
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))

@@ -441,9 +441,14 @@ def _check_same_run(out: Path, config: Config) -> None:
         then = load_yaml(out / "config.yaml")
     except ConfigError:
         return  # cut off, or of another version: moved aside like a run of the same values
-    if config.run.batch_size == "auto":  # a number by the time it is recorded
-        then = replace(then, run=replace(then.run, batch_size="auto"))
-    found = [f"{name} {before}, now {value}" for _, name, before, value in _differences(then, config)]
+    # Where these are left to be chosen, numbers are recorded.
+    chosen = ("batch_size", "accumulate", "global_batch")
+    is_chosen = config.run.batch_size == "auto" or config.run.global_batch is not None
+    found = [
+        f"{name} {before}, now {value}"
+        for _, name, before, value in _differences(then, config)
+        if not (is_chosen and name in chosen)
+    ]
     if found:
         raise ConfigError(
             f"out: {out} holds a run with other values ({'; '.join(found)}): expected another --out, "

@@ -55,8 +55,10 @@ def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            ranks = ranks_of(process)  # torchrun gives each a group of its own
+            for stop, number in ((os.killpg, process.pid), *((os.kill, rank) for rank in ranks)):
+                with suppress(ProcessLookupError):
+                    stop(number, signal.SIGKILL)
             process.wait()
 
 

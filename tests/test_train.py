@@ -13,7 +13,7 @@ from conftest import run_module
 from PIL import Image
 from safetensors.torch import load_file
 
-from pera_fast.config import OptimConfig
+from pera_fast.config import PRESETS
 
 SMALL = (
     "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-px", 8, "--global-px", 40, "--local-px", 24,
@@ -78,7 +78,7 @@ def test_the_folder_of_another_run_is_refused(image_folder: Path, tmp_path: Path
     assert run_module(*command).returncode == 0
     before = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
     refused = run_module(*command, "--lr", 0.25, "--seed", 3)
-    lr = OptimConfig().lr
+    lr = PRESETS["demo"].optim.lr
     assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
         f"error: out: {out} holds a run with other values (lr {lr}, now 0.25; seed 0, now 3): expected another "
         "--out, --resume to go on with that run, or that folder moved away"

@@ -498,6 +498,7 @@ inline void gather(
 }
 
 inline void zero_leading_rows(const CropPatches& a, const PatchSet& set, int64_t crop) {
+  if (set.leading == 0) return;  // the set may be empty, then, and its address null
   const int64_t row_bytes =
       a.bands * a.patch_px * a.patch_px * (set.type == kRowFloat32 ? int64_t{4} : int64_t{2});
   __builtin_memset(

@@ -8,7 +8,7 @@
 
 #include "../disjoint_masks_op.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define PERA_FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PERA_FAST_CLONES

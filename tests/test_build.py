@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pera_fast import ops
 from pera_fast.ops import _library
@@ -484,10 +486,57 @@ def test_crop_patches_on_the_host_equal_those_of_the_cpu(
     assert_rows_agree(call.on_host(on_host, order, leading, types), call.on_cpu(leading, types), exact)
 
 
+DRAWN = settings(
+    max_examples=int(os.environ.get("PERA_FAST_EXAMPLES", 25)), deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+
+
+@DRAWN
+@given(data=st.data())
+def test_disjoint_masks_on_the_host_at_any_size(on_host, data):
+    patches = data.draw(st.integers(2, 2000), "patches")
+    student = data.draw(st.integers(1, patches - 1), "student")
+    target = data.draw(st.integers(0, patches - 1 - student), "target")
+    crops = data.draw(st.lists(st.integers(0, 2**62), min_size=1, max_size=3), "crops")
+    seed, step = data.draw(st.integers(0, 2**64 - 1), "seed"), data.draw(st.integers(0, 2**32 - 1), "step")
+    counts = (patches, student, target)
+    expected = torch.cat(disjoint_masks_reference(torch.tensor(crops), seed, step, *counts), dim=1)
+    assert masks_on_host(on_host, "forward", seed, step, counts, crops) == expected.tolist()
+
+
+@DRAWN
+@given(data=st.data())
+def test_crop_patches_on_the_host_of_any_shape(on_host, data):
+    bands, patch_px, grid = (
+        data.draw(st.integers(1, top), name) for top, name in ((4, "bands"), (9, "patch"), (4, "grid"))
+    )
+    kinds = st.sampled_from(["uint8", "uint8s", "uint16", "float32"])
+    sides = st.integers(1, 50)
+    drawn = data.draw(st.lists(st.tuples(kinds, sides, sides), min_size=1, max_size=3), "sources")
+    boxes = []
+    for crop in range(data.draw(st.integers(1, 2), "crops")):
+        _, height, width = drawn[crop % len(drawn)]
+        h, w = data.draw(st.integers(1, height), "box height"), data.draw(st.integers(1, width), "box width")
+        boxes.append(
+            [data.draw(st.integers(0, height - h), "top"), data.draw(st.integers(0, width - w), "left"), h, w]
+        )
+    student = data.draw(st.integers(1, grid * grid), "student")
+    target = data.draw(st.integers(0, grid * grid - student), "target")
+    counts = student, target, grid * grid - student - target
+    leading = (data.draw(st.integers(0, 2), "leading"), 0, data.draw(st.integers(0, 2), "leading"))
+    types = [data.draw(st.sampled_from(ROW_TYPES), "rows") for _ in range(3)]
+    exact = data.draw(st.booleans(), "exact")
+    sources = [f"{kind} {height} {width}" for kind, height, width in drawn]
+    call = PatchesCall.draw(len(boxes), grid * patch_px, patch_px, bands, exact, sources, boxes, counts)
+    assert_rows_agree(call.on_host(on_host, "forward", leading, types), call.on_cpu(leading, types), exact)
+
+
 # --- The ops over parameters: bit for bit the C++ library's results ---
 
 # (numel, how many numbers behind an aligned address): tails, odd addresses, several chunks, none.
 PARAMETERS = [(1, 0), (7, 0), (4096, 0), (4097, 0), (9001, 1), (1030, 2), (64, 3), (0, 0)]
+SHAPES = st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 3)), min_size=1, max_size=8)
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
 
@@ -505,8 +554,17 @@ def packed(kind: str, *numbers: float) -> bytes:
 @pytest.mark.parametrize("copies", [0, 6])  # more tensors than fit a launch
 @pytest.mark.parametrize("norm", [2.0, 7.0, float("nan")])
 def test_adamw_ema_on_the_host_equals_the_cpu(order, param, grad, copies, norm, on_host):
+    check_adamw_ema(on_host, order, param, grad, norm, PARAMETERS + [(5, 0)] * (copies * 10))
+
+
+@DRAWN
+@given(shapes=SHAPES, param=st.sampled_from(list(BYTES)), grad=st.sampled_from(list(BYTES)))
+def test_adamw_ema_on_the_host_of_any_shape(on_host, shapes, param, grad):
+    check_adamw_ema(on_host, "forward", param, grad, 2.0, shapes)
+
+
+def check_adamw_ema(run, order, param, grad, norm, shapes):
     random = torch.Generator().manual_seed(0)
-    shapes = PARAMETERS + [(5, 0)] * (copies * 10)
     options = (1e-3, 0.1, 0.99, 0.9, 0.999, 1e-8, 3.0)  # lr, weight decay, momentum, betas, eps, clip norm
     stdin = packed("q", len(shapes)) + packed("d", *options) + packed("f", norm)
     lists: list[list[torch.Tensor]] = [[] for _ in range(8)]
@@ -527,7 +585,7 @@ def test_adamw_ema_on_the_host_equals_the_cpu(order, param, grad, copies, norm, 
         stdin += b"".join(map(raw, (p, g, m, v, step, t)))
         for one, tensor in zip(lists, (p, g, m, v, step, t, low, teacher_low), strict=True):
             one.append(tensor)
-    result = on_host("adamw_ema", order, stdin=stdin)
+    result = run("adamw_ema", order, stdin=stdin)
     skipped = torch.zeros((), dtype=torch.bool)
     torch.ops.pera_fast.adamw_ema(
         *lists, torch.tensor(options[:3], dtype=torch.float64), torch.tensor(norm), *options[3:], skipped
@@ -541,12 +599,8 @@ def test_adamw_ema_on_the_host_equals_the_cpu(order, param, grad, copies, norm, 
     assert result[1:] == expected
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize("teacher", BYTES)
-@pytest.mark.parametrize("param", BYTES)
-def test_ema_update_on_the_host_equals_the_cpu(order, teacher, param, on_host):
+def check_ema_update(run, order, teacher, param, shapes):
     random = torch.Generator().manual_seed(0)
-    shapes = PARAMETERS + [(5, 0)] * 120  # more than fit a launch
     stdin, teachers, params, shadows = packed("q", len(shapes)) + packed("d", 0.99), [], [], []
     for i, (numel, shift) in enumerate(shapes):
         teachers.append(torch.randn(numel, generator=random).to(teacher))
@@ -557,19 +611,43 @@ def test_ema_update_on_the_host_equals_the_cpu(order, teacher, param, on_host):
             + raw(teachers[-1])
             + raw(params[-1])
         )
-    result = on_host("ema_update", order, stdin=stdin)
+    result = run("ema_update", order, stdin=stdin)
     torch.ops.pera_fast.ema_update(teachers, params, shadows, torch.tensor([0.99], dtype=torch.float64))
     assert result == b"".join(raw(x) for pair in zip(teachers, shadows, strict=True) for x in pair)
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-def test_grad_norm_on_the_host(order, on_host):
+@pytest.mark.parametrize("teacher", BYTES)
+@pytest.mark.parametrize("param", BYTES)
+def test_ema_update_on_the_host_equals_the_cpu(order, teacher, param, on_host):
+    check_ema_update(on_host, order, teacher, param, PARAMETERS + [(5, 0)] * 120)  # more than fit a launch
+
+
+@DRAWN
+@given(shapes=SHAPES, teacher=st.sampled_from(list(BYTES)), param=st.sampled_from(list(BYTES)))
+def test_ema_update_on_the_host_of_any_shape(on_host, shapes, teacher, param):
+    check_ema_update(on_host, "forward", teacher, param, shapes)
+
+
+def check_grad_norm(run, order, shapes):
     random = torch.Generator().manual_seed(0)
-    shapes = PARAMETERS + [(4096 * 300, 0)] + [(5, 0)] * 250  # more partial sums than threads
     stdin, grads = packed("q", len(shapes)), []
     for i, (numel, shift) in enumerate(shapes):
         grads.append(torch.randn(numel, generator=random).to([torch.float32, torch.bfloat16][i % 2]))
         stdin += packed("q", numel, shift, BYTES[grads[-1].dtype]) + raw(grads[-1])
-    (norm,) = struct.unpack("=f", on_host("grad_norm", order, stdin=stdin))
+    (norm,) = struct.unpack("=f", run("grad_norm", order, stdin=stdin))
     assert norm == pytest.approx(float(torch.cat([g.double() for g in grads]).norm()), rel=1e-6)
+
+
+@DRAWN
+@given(shapes=SHAPES)
+def test_grad_norm_on_the_host_of_any_shape(on_host, shapes):
+    check_grad_norm(on_host, "forward", shapes)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_grad_norm_on_the_host(order, on_host):
+    check_grad_norm(
+        on_host, order, PARAMETERS + [(4096 * 300, 0)] + [(5, 0)] * 250
+    )  # more partial sums than threads
     assert struct.unpack("=f", on_host("grad_norm", order, stdin=packed("q", 0))) == (0.0,)

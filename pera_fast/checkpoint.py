@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor
 
 import pera_fast
 from pera_fast.config import Config, ConfigError, from_dict, to_dict
+from pera_fast.data.sources import DataError, printable
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.model.pera import PerA
@@ -39,6 +41,19 @@ from pera_fast.optim import TeacherOptimizer
 
 class WriteError(RuntimeError):
     """A checkpoint could not be written; those before it are as they were. Its text is one sentence for the user."""
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all; what was there stays until then. DataError when it cannot be written."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise DataError(f"cannot write {printable(target)}: {error.strerror}") from None
 
 
 _FORMAT = 2

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import pera_fast
 from pera_fast import _cli, reference
-from pera_fast.checkpoint import Checkpoint
+from pera_fast.checkpoint import Checkpoint, write_whole
 from pera_fast.config import PRESETS, Config
 from pera_fast.data.index import scan_or_open, window_counts
 from pera_fast.data.loader import Sample, WindowDataset
@@ -122,10 +122,7 @@ def write_report(
         + f"\n<p><small>pera_fast {getattr(pera_fast, '__version__', '')}</small></p>\n</body>\n</html>\n"
     )
     path = run_folder / "report.html"
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(path, page)
     return path
 
 

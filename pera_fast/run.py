@@ -182,7 +182,7 @@ class Run:
             result = compare_with_untrained(
                 teacher, self.config, self.statistics, *tiles, device=self.world.device
             )
-            (self.out / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+            checkpoint.write_whole(self.out / "eval.json", json.dumps(result, indent=2))
             _log.info(
                 "k-NN top-1 %.1f %%, untrained network %.1f %%",
                 100 * result["top1"], 100 * result["untrained_top1"],

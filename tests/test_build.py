@@ -487,7 +487,7 @@ def test_crop_patches_on_the_host_equal_those_of_the_cpu(
 
 
 DRAWN = settings(
-    max_examples=int(os.environ.get("PERA_FAST_EXAMPLES", 25)), deadline=None, derandomize=True, database=None,
+    max_examples=int(os.environ.get("PERA_FAST_EXAMPLES", 12)), deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Faults tried for real: processes killed, asked to stop, out of disk; weights afterwards are an undisturbed run's.
 
-PERA_FAST_TRIALS sets how many times ranks are killed (default 3; docs/reliability.md tells of 20).
+PERA_FAST_TRIALS sets how many times ranks are killed (default 2; docs/reliability.md tells of 20).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from test_train import SMALL, lines
 
 from pera_fast import checkpoint
 
-TRIALS = int(os.environ.get("PERA_FAST_TRIALS", "3"))
+TRIALS = int(os.environ.get("PERA_FAST_TRIALS", "2"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -217,6 +217,21 @@ def test_a_run_may_go_on_without_its_records_until_there_is_room(image_folder: P
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 75, log.read_text()[-2000:]
     assert lines(out)[-1]["step"] == last_step(out), "every line can be read"
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_module(*command(image_folder, out, "--max-steps", 1)[2:]).returncode == 0
+    before = (out / "report.html").read_bytes()
+    most = max(path.stat().st_size for path in (out / "checkpoints").rglob("*"))
+    assert most + 4096 < len(before)
+    done = subprocess.run(
+        command(image_folder, out, "--max-steps", 2, "--resume"), env=ENVIRONMENT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most + 4096,) * 2),
+    )  # fmt: skip
+    assert done.returncode == 2 and last_step(out) == 2
+    assert done.stderr.splitlines()[-1] == f"error: cannot write {out}/report.html: File too large"
+    assert (out / "report.html").read_bytes() == before and not list(out.glob(".*"))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")

@@ -105,7 +105,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ, **OPTIONS, "LD_PRELOAD": f"{library} {runtime(compiler, 'libstdc++.so')}",
-            "PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'tests'}", "PERA_FAST_EXAMPLES": "8", "OMP_NUM_THREADS": "3",
+            "PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'tests'}", "PERA_FAST_EXAMPLES": "5", "OMP_NUM_THREADS": "3",
         }  # fmt: skip
         found = (
             f"import pera_fast\nassert pera_fast.__file__.startswith({str(folder)!r}), pera_fast.__file__\n"

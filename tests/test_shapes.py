@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SLACK = {torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 LENGTH = 90  # at most
 HEAD_DIMS = [1, 7, 16, 32, 48, 64, 80, 96, 128, 144]
-EXAMPLES = int(os.environ.get("PERA_FAST_EXAMPLES", 25))
+EXAMPLES = int(os.environ.get("PERA_FAST_EXAMPLES", 12))
 
 
 def backends() -> list[Any]:

@@ -82,8 +82,8 @@ def _store(timeout: timedelta) -> dist.Store:
     while True:
         try:
             own = dist.TCPStore(
-                host, int(shared.get(key)), ranks, is_master=False, timeout=timedelta(seconds=5)
-            )
+                host, int(shared.get(key)), ranks, is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False
+            )  # fmt: skip
         except dist.DistError:
             if time.monotonic() > give_up:
                 raise

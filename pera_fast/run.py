@@ -10,7 +10,7 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -77,12 +77,18 @@ class Run:
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
 
-    def loader(self) -> Iterator[Batch]:
+    def loader(self) -> Generator[Batch, None, None]:
         """This rank's batches from the start step on, one per forward pass."""
         steps = max(0, self.total_steps - self.start_step)  # a run may go on from beyond --max-steps
-        return make_loader(
+        self._loader = make_loader(
             self.dataset, self._first_image, steps, self.world.rank, self.world.ranks, self.world.device
         )
+        return self._loader
+
+    def close(self) -> None:
+        """Records and reading workers; these would keep a process that an error ends waiting for them."""
+        self.records.close()
+        self._loader.close()
 
     def values_at(self, step: int) -> StepValues:
         """Learning rate and the like of a step."""

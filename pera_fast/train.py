@@ -62,7 +62,7 @@ def train(config: Config, on: World) -> None:
                 report = run.engine.step(step, batches, run.values_at(step), run.asked_to_stop)
                 run.after_step(step, report, batches, waited)
     finally:
-        run.records.close()
+        run.close()
     run.finish()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -229,7 +229,7 @@ def make_loader(
     rank: int = 0,
     ranks: int = 1,
     device: torch.device | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of one rank on `device` (default: the CPU) in order, one per forward pass; see StreamSampler.
 
     DataError when no image is readable any more.

@@ -34,10 +34,10 @@ export PERA_FAST_REQUIRE_CUDA=1
 part build 120 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
 part info 30 "$PYTHON" -m pera_fast.info --json
 part train 60 "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
-part ops 150 "$PYTHON" -m pytest -q -k "cuda or gpu or triton" tests/test_devices.py tests/test_disjoint_masks.py tests/test_crop_patches.py \
-  tests/test_patch_embed.py tests/test_packed_attention.py tests/test_residual_norm.py tests/test_distill_loss.py \
-  tests/test_koleo.py tests/test_adamw_ema.py tests/test_ema_update.py tests/test_grad_norm.py \
-  tests/test_shapes.py
+part ops 150 "$PYTHON" -m pytest -q -k "cuda or gpu or triton" tests/test_devices.py tests/test_disjoint_masks.py \
+  tests/test_crop_patches.py tests/test_patch_embed.py tests/test_packed_attention.py tests/test_residual_norm.py \
+  tests/test_distill_loss.py tests/test_koleo.py tests/test_adamw_ema.py tests/test_ema_update.py \
+  tests/test_grad_norm.py tests/test_shapes.py
 part engine 90 "$PYTHON" -m pytest -q -k "cuda or gpu" tests/test_engine.py tests/test_graph.py tests/test_batch.py \
   tests/test_model.py tests/test_optim.py tests/test_loader.py
 benchmark bench_step 120

@@ -44,7 +44,7 @@ class WriteError(RuntimeError):
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, whole or not at all; what was there stays until then. DataError when it cannot be written."""
+    """Write a run's own text file whole or not at all; what was there stays until then. DataError when it cannot be."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:

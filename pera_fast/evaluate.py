@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import tyro
 
 from pera_fast import _cli
-from pera_fast.checkpoint import Checkpoint, write_whole
+from pera_fast.checkpoint import Checkpoint
 from pera_fast.config import Config, ConfigError
 from pera_fast.data.sources import (
     DataError,
@@ -260,7 +261,10 @@ def knn_command(
     text = json.dumps(result, indent=2)
     print(text)
     if out is not None:
-        write_whole(out, text + "\n")
+        try:
+            Path(out).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"cannot write {out}: {error.strerror}") from None
 
 
 def main() -> None:

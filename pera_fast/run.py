@@ -212,11 +212,11 @@ class Run:
         """What the images' headers say; with --index one rank reads them, or none where it is there already."""
         data = self.config.data
         root = data.data or DEMO_SCENES
-        if data.index is not None:  # the others wait for it
+        if data.index is not None:  # the others wait for it, and need not read it whole again
             failed = self.world.share(self._index_or_error(root) if self.world.is_first else None)
             if failed:
                 raise DataError(failed)
-        return scan_or_open(root, data.index, data.max_bad_share)
+        return scan_or_open(root, data.index, data.max_bad_share, is_checked=True)
 
     def _index_or_error(self, root: str | Path) -> str | None:
         try:
@@ -404,9 +404,7 @@ class Records:
                     kept.append(text + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        replacement = self._metrics_path.with_suffix(".tmp")
-        replacement.write_text("".join(kept), encoding="utf-8")
-        replacement.replace(self._metrics_path)
+        checkpoint.write_whole(self._metrics_path, "".join(kept))
 
 
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")  # a folder with one of these holds a run

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from pera_fast.config import PRESETS, Config, CropConfig, ModelConfig, OptimConfig
@@ -22,6 +23,11 @@ from pera_fast.ops import _library
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 ONE = World(0, 1, torch.device("cpu"))
+EXAMPLES = int(os.environ.get("PERA_FAST_EXAMPLES", 12))
+DRAWN = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
 needs_cuda = pytest.mark.skipif(_library.why_no_cuda() is not None, reason=f"cuda: {_library.why_no_cuda()}")
 
 

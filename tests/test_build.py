@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import DRAWN
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pera_fast import ops
@@ -484,12 +485,6 @@ def test_crop_patches_on_the_host_equal_those_of_the_cpu(
     leading = (1, 0, 1) if len(boxes) % 2 else (0, 0, 0)
     types = [ROW_TYPES[(crop_px + i) % 3] for i in range(3)]
     assert_rows_agree(call.on_host(on_host, order, leading, types), call.on_cpu(leading, types), exact)
-
-
-DRAWN = settings(
-    max_examples=int(os.environ.get("PERA_FAST_EXAMPLES", 12)), deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
 
 
 @DRAWN

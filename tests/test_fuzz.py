@@ -18,8 +18,7 @@ FUZZ = """
 import logging, os, random, resource, signal, sys, warnings
 from pathlib import Path
 
-from pera_fast.data import shards
-from pera_fast.data.sources import DataError, UnreadableImage, list_images, open_scene, read_window, scan
+from pera_fast.data.sources import DataError, UnreadableImage, read_window, scan
 
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_crop_patches import table
 
 from pera_fast import ops, reference
 
@@ -103,30 +104,24 @@ def test_crop_patches(where: str, needs_gb: Callable[[float], None]) -> None:
     small = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
     if where == "second image":
         before = torch.zeros(3, 1, BEYOND // 3 + 1, dtype=torch.uint8)
-        sources, box, image = [before, small], (0, 0, 40, 40), 1
+        sources, box, image = [before, small], [0, 0, 40, 40], 1
     else:
         side = math.isqrt(BEYOND // 3) + 1
         large = torch.zeros(3, side, side, dtype=torch.uint8)
         large[:, -40:, -40:] = small
-        sources, box, image = [large], (side - 40, side - 40, 40, 40), 0
+        sources, box, image = [large], [side - 40, side - 40, 40, 40], 0
 
-    def crops(sources: list[torch.Tensor], box: tuple[int, int, int, int], image: int) -> torch.Tensor:
-        low, high = torch.zeros(len(sources), 3), torch.full((len(sources), 3), 255.0)
-        table = ops.CropTable(
-            image=torch.tensor([image]), box=torch.tensor([box]), flip=torch.zeros(1, 2, dtype=torch.bool),
-            factor=torch.tensor([1.0, 1, 1, 0]).expand(1, 2, 4).contiguous(),
-            order=torch.arange(4).expand(1, 2, 4).contiguous(), grey=torch.zeros(1, 2, dtype=torch.bool),
-        )  # fmt: skip
+    def crops(sources: list[torch.Tensor], box: list[int], image: int) -> torch.Tensor:
         masks = ops.disjoint_masks(
             torch.tensor([0]), seed=0, step=0, num_patches=16, num_student=5, num_target=5
         )
         rows = ops.crop_patches(
-            ops.pack_images(sources, low, high), table, *masks, crop_px=32, patch_px=8, mean=torch.zeros(3),
-            std=torch.ones(3),
+            ops.pack_images(sources), table([box], image=[image]), *masks, crop_px=32, patch_px=8,
+            mean=torch.zeros(3), std=torch.ones(3),
         )  # fmt: skip
         return torch.cat([part.flatten() for part in rows])
 
-    assert torch.equal(crops(sources, box, image), crops([small], (0, 0, 40, 40), 0))
+    assert torch.equal(crops(sources, box, image), crops([small], [0, 0, 40, 40], 0))
 
 
 def test_distill_loss(needs_gb: Callable[[float], None]) -> None:

@@ -32,15 +32,11 @@ sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-o", "timeout=0", "
 OUTSIDE = """
 import torch
 from pera_fast import ops
-images = ops.pack_images([torch.zeros(3, 8, 8, dtype=torch.uint8)], torch.zeros(1, 3), torch.full((1, 3), 255.0))
-table = ops.CropTable(
-    image=torch.tensor([0]), box=torch.tensor([[0, 0, 900, 8]]), flip=torch.zeros(1, 2, dtype=torch.bool),
-    factor=torch.tensor([1.0, 1, 1, 0]).expand(1, 2, 4).contiguous(),
-    order=torch.arange(4).expand(1, 2, 4).contiguous(),
-    grey=torch.zeros(1, 2, dtype=torch.bool))
+from test_crop_patches import table
+images = ops.pack_images([torch.zeros(3, 8, 8, dtype=torch.uint8)])
 masks = ops.disjoint_masks(torch.tensor([0]), seed=0, step=0, num_patches=4, num_student=1, num_target=1)
-ops.crop_patches(images, table, *masks, crop_px=16, patch_px=8, mean=torch.zeros(3), std=torch.ones(3),
-                 check_values=False)
+ops.crop_patches(images, table([[0, 0, 900, 8]]), *masks, crop_px=16, patch_px=8, mean=torch.zeros(3),
+                 std=torch.ones(3), check_values=False)
 """
 RACE = """
 import threading

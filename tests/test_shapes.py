@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import three_way
-from hypothesis import HealthCheck, given, settings
+from conftest import DRAWN, EXAMPLES, three_way
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +26,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SLACK = {torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 LENGTH = 90  # at most
 HEAD_DIMS = [1, 7, 16, 32, 48, 64, 80, 96, 128, 144]
-EXAMPLES = int(os.environ.get("PERA_FAST_EXAMPLES", 12))
 
 
 def backends() -> list[Any]:
@@ -271,16 +270,11 @@ def crop_patches(draw: Draw) -> None:
     sources = []
     for _ in range(images):
         shape = (bands, draw.int(1, 60, "height"), draw.int(1, 60, "width"))
-        values = torch.rand(shape, generator=draw.generator)
-        kind = draw.of(["uint8", "uint16", "float32"], "pixels")
-        largest = {"uint8": 255, "uint16": 65535, "float32": 1}[kind]
-        sources.append((values * largest).to(getattr(torch, kind)).numpy())
-    largest_of = [[255.0, 65535.0, 1.0][["uint8", "uint16", "float32"].index(str(s.dtype))] for s in sources]
-    low, high = (
-        torch.zeros(images, bands),
-        torch.tensor(largest_of)[:, None].expand(images, bands).contiguous(),
-    )
-    packed = ops.pack_images([torch.from_numpy(s) for s in sources], low, high)
+        dtype, largest = draw.of(
+            [(torch.uint8, 255), (torch.uint16, 65535), (torch.float32, 1)], "type and largest"
+        )
+        sources.append((torch.rand(shape, generator=draw.generator) * largest).to(dtype))
+    packed = ops.pack_images(sources)
     crops = draw.int(1, 4, "crops")
     image = torch.randint(0, images, (crops,), generator=draw.generator)
     boxes = []
@@ -316,10 +310,7 @@ def crop_patches(draw: Draw) -> None:
 def try_shapes(op: str, device: str) -> None:
     check = globals()[op]
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )  # fmt: skip
+    @DRAWN
     @given(st.data())
     def run(data: st.DataObject) -> None:
         check(Draw(data, device))

@@ -1,6 +1,6 @@
 """2000 steps on the demo scenes: memory, open files, threads and images per second stay where they were.
 
-A small network by default; PERA_FAST_SOAK=demo takes the demo preset's (a quarter of an hour on two cores).
+A small network by default; PERA_FAST_SOAK=demo takes the demo preset's.
 """
 
 from __future__ import annotations

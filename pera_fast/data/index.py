@@ -174,12 +174,15 @@ def write(
 
 
 def scan_or_open(
-    root: str | os.PathLike[str], index: str | os.PathLike[str] | None, max_bad_share: float
+    root: str | os.PathLike[str],
+    index: str | os.PathLike[str] | None,
+    max_bad_share: float,
+    is_checked: bool = False,
 ) -> SceneIndex:
     """The scenes below root, from `index` if it is there; where it is not yet, they are scanned and it is written.
 
     An index is taken as it is: files that came or went since are not looked for. Raises DataError as `scan` does,
-    and for an index that cannot be read or is of another folder.
+    and for an index that cannot be read, is damaged (looked for unless is_checked) or is of another folder.
     """
     if index is None:
         return scan(root, max_bad_share)
@@ -187,7 +190,8 @@ def scan_or_open(
         found = scan(root, max_bad_share)
         write(index, os.fspath(root), found.scenes, found.bad)
     table = SceneTable(index)
-    table.check()
+    if not is_checked:
+        table.check()
     if os.path.realpath(table.root) != os.path.realpath(root):
         raise DataError(
             f"index: expected one of {printable(root)}, got one of {printable(table.root)} in {printable(index)}"

@@ -16,7 +16,7 @@ test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # Threads wait as in training (pera_fast/_cli.py). Loss and ViT are measured again with a malloc that gives no memory
-# back, as jemalloc or a GPU's allocator would. One file per machine and day under bench/results/, then the
+# back, as jemalloc or a GPU's allocator would. One file per machine under bench/results/, then the
 # README's tables from it.
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench/ --benchmark-only -q --benchmark-json=.benchmark.json $(ARGS)

@@ -1,7 +1,8 @@
 """Benchmark results in the repository, and the README's tables made from them.
 
-python bench/results.py save FILE.json …    pytest-benchmark files -> bench/results/<machine>_<date>.json
-python bench/results.py readme              the newest results -> README.md, between its markers
+python bench/results.py save FILE.json …    pytest-benchmark files -> bench/results/<machine>.json, each benchmark's
+                                            row in the place of an earlier one of the same name
+python bench/results.py readme              the results -> README.md, between its markers
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
 def save(paths: list[str]) -> Path:
-    """Keep what matters of pytest-benchmark files: one flat row per benchmark."""
-    files = [json.loads(Path(path).read_text()) for path in paths]
-    measured = files[0]
+    """Keep what matters of pytest-benchmark files: one flat row per benchmark and shape."""
     rows = [
-        {"benchmark": b["name"], **b["extra_info"], "ours_stddev_ms": 1e3 * b["stats"]["stddev"]}
-        for file in files
+        {
+            "benchmark": b["name"],
+            "date": file["datetime"][:10],
+            **b["extra_info"],
+            "ours_stddev_ms": 1e3 * b["stats"]["stddev"],
+        }
+        for file in (json.loads(Path(path).read_text()) for path in paths)
         for b in file["benchmarks"]
         if "op" in b["extra_info"]
     ]
     if not rows:
         sys.exit(f"error: {', '.join(paths)}: no benchmark of this project")
-    devices = sorted({row["device"] for row in rows})
-    machine = re.sub(r"[^a-z0-9]+", "-", devices[-1].lower()).strip("-")
-    target = RESULTS / f"{machine}_{measured['datetime'][:10]}.json"
+    device = sorted({row["device"] for row in rows})[-1]
+    target = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     RESULTS.mkdir(exist_ok=True)
-    content = {"date": measured["datetime"][:10], "command": "make bench", "rows": rows}
-    target.write_text(json.dumps(content, indent=1) + "\n")
+    earlier = json.loads(target.read_text())["rows"] if target.exists() else []
+    merged = {(row["benchmark"], row["shape"], row["peer"]): row for row in (*earlier, *rows)}
+    target.write_text(json.dumps({"rows": list(merged.values())}, indent=1) + "\n")
     print(target.relative_to(ROOT))
     return target
 
@@ -44,9 +48,9 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for device in sorted({row["device"] for row in results["rows"]}):
         rows = [row for row in results["rows"] if row["device"] == device]
-        commits = ", ".join(sorted({row["commit"] for row in rows}))
+        when = ", ".join(sorted({f"{row['date']} (commit {row['commit']})" for row in rows}))
         lines += [
-            f"{device}; torch {rows[0]['versions']['torch']}; {results['date']}; commit {commits}.",
+            f"{device}; torch {rows[0]['versions']['torch']}; {when}.",
             "",
             "| op | backend | shape | dtype | ours ms | peer | peer ms | ratio (min to max) | peak MB, ours / peer "
             "| of the measured peak |",
@@ -69,12 +73,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def readme() -> None:
-    """Replace what stands between the README's markers by the newest results of each machine."""
-    newest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        if "rows" in json.loads(path.read_text()):
-            newest[path.stem.rsplit("_", 1)[0]] = path
-    tables = "\n\n".join(table(json.loads(path.read_text())) for path in newest.values())
+    """Replace what stands between the README's markers by each machine's results."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    tables = "\n\n".join(table(results) for results in found if "rows" in results)
     path = ROOT / "README.md"
     text = path.read_text()
     before, rest = text.split(MARKERS[0], 1)

@@ -1,6 +1,6 @@
 """The trained network as users take it: the teacher's ViT and what it must be fed, in one object and one file.
 
-    backbone.safetensors    the ViT's tensors under timm's names; metadata: config and statistics (JSON), step
+backbone.safetensors    the ViT's tensors under timm's names; metadata: config and statistics (JSON), step
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Backbone(nn.Module):
         values = pixels.cpu().numpy() if isinstance(pixels, Tensor) else np.asarray(pixels)
         bands = self.config.model.in_bands
         if values.ndim not in (3, 4) or values.shape[-3] != bands:
-            raise ValueError(f"pixels: expected [C, H, W] or [n, C, H, W] with C = {bands}, got {values.shape}")
+            raise ValueError(
+                f"pixels: expected [C, H, W] or [n, C, H, W] with C = {bands}, got {values.shape}"
+            )
         unit = to_unit(values, str(values.dtype), self.statistics)
         return normalise(unit, self.statistics, self.config)
 

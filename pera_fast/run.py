@@ -71,7 +71,7 @@ class Run:
         self.total_steps = min(
             self._schedules.total_steps - self._steps_ahead, config.run.max_steps or 10**12
         )
-        self.records = Records(self.out, config, world, self.start_step, self.total_steps)
+        self.records = Records(self.out, config, world, self.start_step, self.total_steps, is_new=found is None)
         self.asked_to_stop = False
         self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
@@ -289,7 +289,9 @@ class Run:
 class Records:
     """metrics.jsonl, TensorBoard events, config.yaml and the progress bar; silent on ranks after the first."""
 
-    def __init__(self, out: Path, config: Config, world: World, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self, out: Path, config: Config, world: World, start_step: int, total_steps: int, is_new: bool
+    ) -> None:
         self.out, self.config, self.world = out, config, world
         self._skipped_steps, self._images, self._waited = 0, 0, 0.0
         self._watch = Watch(config.model.num_prototypes)
@@ -301,7 +303,7 @@ class Records:
         )  # fmt: skip
         if not world.is_first:
             return
-        if start_step == 0:
+        if is_new:
             move_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         save_yaml(config, out / "config.yaml")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pera_fast.config import Config, CropConfig, ModelConfig, OptimConfig
+from pera_fast.model.names import from_official
 from pera_fast.model.pera import CropGroup, Patches, PerA, make_subsets
 from pera_fast.optim import TeacherOptimizer, make
 from pera_fast.reference import patchify
@@ -61,21 +61,6 @@ def config_of(hparams: dict[str, Any], in_bands: int) -> Config:
             eps=hparams["eps"],
         ),
     )
-
-
-def ours(name: str) -> str:
-    """The official checkpoint's parameter name -> ours."""
-    renames = (
-        ("s_mask_token", "mask_token"),
-        ("pred_head.mlp0.mlp", "pixel_head.mlp"),
-        ("pred_head", "pixel_head"),
-    )
-    for old, new in renames:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    # A head of one layer is a bare linear layer there and a sequence of one here.
-    return re.sub(r"head\.mlp\.(weight|bias)$", r"head.mlp.0.\1", name)
 
 
 def crop_group(
@@ -173,12 +158,13 @@ def check_step(
             result[key] = absolute(value, step[key].flatten())
     if "grads_before_clip" in step:
         result["gradients"] = {
-            name: relative(gradients[ours(name)], grad) for name, grad in step["grads_before_clip"].items()
+            name: relative(gradients[from_official(name)], grad)
+            for name, grad in step["grads_before_clip"].items()
         }
     if "state_after" in step:
         state = model.state_dict()
         result["parameters"] = {
-            name: absolute(state[ours(name)], value) for name, value in step["state_after"].items()
+            name: absolute(state[from_official(name)], value) for name, value in step["state_after"].items()
         }
     return result
 
@@ -189,7 +175,7 @@ def check(path: str) -> dict[str, Any]:
     hparams = recorded["hparams"]
     in_bands = recorded["init_state"]["student.backbone.patch_embed.proj.weight"].shape[1]
     model = PerA(config_of(hparams, in_bands))
-    state = {ours(name): value for name, value in recorded["init_state"].items()}
+    state = {from_official(name): value for name, value in recorded["init_state"].items()}
     model.load_state_dict({**state, "centre": torch.zeros_like(model.centre)}, strict=True)
     optimizer = make(
         "adamw_ema", model.ema_pairs(), betas=tuple(hparams["betas"]), eps=hparams["eps"],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, shared_file
 
+from pera_fast.model.names import from_official
 from pera_fast.model.pera import PerA
 
 
@@ -43,7 +44,7 @@ def test_the_eager_baseline_is_the_same_mathematics(monkeypatch: pytest.MonkeyPa
     hparams = recorded["hparams"]
     config = parity_check.config_of(hparams, 3)
     model = PerA(config)
-    initial = {parity_check.ours(name): value for name, value in recorded["init_state"].items()}
+    initial = {from_official(name): value for name, value in recorded["init_state"].items()}
     model.load_state_dict({**initial, "centre": torch.zeros_like(model.centre)})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=tuple(hparams["betas"]), eps=hparams["eps"], fused=True)
@@ -61,14 +62,14 @@ def test_the_eager_baseline_is_the_same_mathematics(monkeypatch: pytest.MonkeyPa
         assert parity_check.relative(loss.detach(), step["total_loss"]) < 1e-5
         for name, gradient in step.get("grads_before_clip", {}).items():
             assert (
-                parity_check.relative(model.get_parameter(parity_check.ours(name)).grad, gradient) < 1e-5
+                parity_check.relative(model.get_parameter(from_official(name)).grad, gradient) < 1e-5
             ), name
         optimizer.param_groups[0].update(lr=step["lr"], weight_decay=step["wd"])
         eager_step.update(model, config, optimizer, step["momentum"], t_logits)
         if "center_after" in step:
             assert parity_check.absolute(model.centre, step["center_after"].flatten()) < 2e-6
         for name, value in step.get("state_after", {}).items():
-            assert parity_check.absolute(model.state_dict()[parity_check.ours(name)], value) < 2e-6, name
+            assert parity_check.absolute(model.state_dict()[from_official(name)], value) < 2e-6, name
 
 
 @pytest.mark.parametrize("spoiled", ["gradient", "parameter", "loss"])

@@ -64,8 +64,13 @@ def test_train_fits_on_a_screen() -> None:
 
 
 def test_no_pickle_is_loaded() -> None:
+    """pera_fast.convert reads files of torch.save, of which it lets through tensors and plain values alone."""
     for path in PACKAGE.rglob("*.py"):
-        assert not re.search(r"\btorch\.load\(|\bpickle\b.*import|import pickle", path.read_text()), path
+        text = path.read_text()
+        calls = re.findall(r"torch\.load\(.*", text)
+        allowed = path.name == "convert.py" and all("weights_only=True" in call for call in calls)
+        assert not calls or allowed, path
+        assert not re.search(r"\bpickle\.loads?\(|from pickle|Unpickler", text), path
 
 
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)

@@ -131,20 +131,8 @@ class VisionTransformer(nn.Module):
         self.blocks.apply(init_linear)
 
     def positions(self, grid_height: int, grid_width: int) -> Tensor:
-        """Position of every patch of a grid, float32 [height * width, D].
-
-        Bicubic from the square table, with the 0.1 that DINO adds to the target size before it forms the
-        scale factor: it shifts the sampling points, so weights trained with it need it.
-        """
-        table = self.pos_embed[0, 1:].float()
-        if (grid_height, grid_width) == (self.grid, self.grid):
-            return table
-        resized = F.interpolate(
-            table.reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2),
-            scale_factor=((grid_height + 0.1) / self.grid, (grid_width + 0.1) / self.grid),
-            mode="bicubic",
-        )
-        return resized.flatten(2)[0].T
+        """Position of every patch of a grid, float32 [height * width, D]."""
+        return resample_positions(self.pos_embed[0, 1:].float(), grid_height, grid_width)
 
     def embed(
         self,
@@ -233,6 +221,23 @@ class VisionTransformer(nn.Module):
         )[1]
         tokens = normed.unflatten(0, (batch, length))
         return tokens[:, 0], tokens[:, 1:]
+
+
+def resample_positions(table: Tensor, grid_height: int, grid_width: int) -> Tensor:
+    """Positions of a square grid, float [L, D], at those of another: [height * width, D].
+
+    Bicubic, with the 0.1 that DINO adds to the target size before it forms the scale factor: it shifts the sampling
+    points, so weights trained with it need it.
+    """
+    grid = math.isqrt(len(table))
+    if (grid_height, grid_width) == (grid, grid):
+        return table
+    resized = F.interpolate(
+        table.reshape(1, grid, grid, -1).permute(0, 3, 1, 2),
+        scale_factor=((grid_height + 0.1) / grid, (grid_width + 0.1) / grid),
+        mode="bicubic",
+    )
+    return resized.flatten(2)[0].T
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,0 +1,431 @@
+"""Weights of other codebases as the start of a run: `python -m pera_fast.convert official|timm|hf FILE --out RUN`.
+
+`pera_fast.train --config RUN/config.yaml --resume --data DIR` goes on from it; every other command reads it as it
+reads a run. Nothing is unpickled but tensors and plain values (torch.load with weights_only).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle  # for the name of its error alone
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pera_fast import _cli, checkpoint
+from pera_fast.config import PRESETS, Config, ConfigError, CropConfig, ModelConfig, OptimConfig, save_yaml
+from pera_fast.data.sources import DataError, printable
+from pera_fast.data.statistics import Statistics
+from pera_fast.distributed import World
+from pera_fast.model.names import from_hf, from_official
+from pera_fast.model.pera import PerA
+from pera_fast.model.vit import resample_positions
+from pera_fast.optim import TeacherOptimizer, make
+
+_log = logging.getLogger("pera_fast")
+
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean and deviation the authors and most ViTs are fed with
+_HEADS = re.compile(
+    r"^(head|head_drop|fc_norm|classifier|(vit\.)?pooler|(vit\.)?embeddings\.mask_token|mask_token)\b"
+)
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> Any:
+    """What a safetensors or PyTorch file holds, tensors on the CPU. ConfigError when it holds other objects or none."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"file: cannot read {printable(path)}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        why = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), ""
+        )
+        raise ConfigError(
+            f"file: expected tensors and plain values alone, got {printable(path)} with other objects, which could run "
+            f"a program when loaded{': ' + why.strip()[:160] if why else ''}"
+        ) from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"file: {printable(path)} cannot be read: {reason}") from None
+
+
+def _model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and merged JSON settings of a model's folder, or those of a file and none."""
+    if not path.is_dir():
+        return _only_tensors(read_tensors(path), path), {}
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise ConfigError(f"file: expected {' or '.join(names)} in {printable(path)}, got neither")
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        if (path / name).is_file():
+            try:
+                settings |= json.loads((path / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError, TypeError) as error:
+                raise ConfigError(f"file: {printable(path / name)} cannot be read: {error}") from None
+    return _only_tensors(read_tensors(file), file), settings
+
+
+def _only_tensors(found: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
+        raise ConfigError(f"file: expected tensors by their names in {printable(path)}, got something else")
+    return dict(found)
+
+
+# --- what a network's shapes say of it ------------------------------------------------------------------
+
+
+def _model_of(
+    weights: Mapping[str, Tensor], prefix: str, base: ModelConfig, num_heads: int | None
+) -> ModelConfig:
+    """The settings of the ViT whose tensors begin with `prefix`; those that no shape shows are `base`'s."""
+    try:
+        dim, in_bands, patch_px, _ = weights[f"{prefix}patch_embed.proj.weight"].shape
+        hidden = len(weights[f"{prefix}blocks.0.mlp.fc1.weight"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"file: expected a vision transformer's tensors, got none like {prefix}{error}"
+        ) from None
+    depth = 1 + max(
+        int(m[1]) for name in weights if (m := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name))
+    )
+    return replace(
+        base, embed_dim=dim, depth=depth, num_heads=num_heads or max(1, dim // 64), mlp_ratio=hidden / dim,
+        patch_px=patch_px, in_bands=in_bands,
+    )  # fmt: skip
+
+
+def _grid_of(table: Tensor) -> int:
+    """Patches along a side of a position table [1, 1 + L, D]."""
+    grid = math.isqrt(max(0, table.shape[1] - 1)) if table.ndim == 3 else 0
+    if grid == 0 or grid**2 + 1 != table.shape[1]:
+        raise ConfigError(
+            f"file: expected a position table of a CLS token and a square of patches, got shape {list(table.shape)}"
+        )
+    return grid
+
+
+def _resize_positions(table: Tensor, grid: int) -> Tensor:
+    """A table [1, 1 + L, D] at another grid."""
+    patches = resample_positions(table[0, 1:].float(), grid, grid)
+    return torch.cat((table[:, :1], patches[None].to(table.dtype)), dim=1)
+
+
+def _like(model: ModelConfig) -> Config:
+    """The preset of this width and depth, for the settings that no file holds; the paper's, if there is none."""
+    sizes = {(p.model.embed_dim, p.model.depth): p for name, p in PRESETS.items() if name != "demo"}
+    return sizes.get((model.embed_dim, model.depth), Config())
+
+
+def _crops_of(base: CropConfig, grid: int, patch_px: int, global_px: int | None) -> CropConfig:
+    """Crops whose global size the position table has, or is to have."""
+    px = global_px or grid * patch_px
+    if px % patch_px:
+        raise ConfigError(f"global_px: expected a multiple of patch_px = {patch_px}, got {px}")
+    # Of the same share; two patches a side are the fewest that can be shared out.
+    local = max(2, round(px * base.local_px / base.global_px / patch_px)) * patch_px
+    return replace(base, global_px=px, local_px=base.local_px if px == base.global_px else local)
+
+
+def _check_fit(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], path: Path) -> None:
+    """ConfigError that lists every tensor missing, unknown or of another shape."""
+    wrong = [f"{name} is missing" for name in wanted if name not in got]
+    wrong += [f"{name} is not one of this network's" for name in got if name not in wanted]
+    wrong += [
+        f"{name} has shape {list(got[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in wanted
+        if name in got and got[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise ConfigError(f"file: {printable(path)} does not hold this network: {'; '.join(wrong)}")
+
+
+# --- the run it becomes ---------------------------------------------------------------------------------
+
+
+def _statistics(path: str | None, in_bands: int, mean: Any = None, std: Any = None) -> Statistics:
+    """Of a --stats file; else 8 bit over 255 and the mean and deviation given, or ImageNet's for three bands."""
+    if path is not None:
+        try:
+            found = Statistics.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"stats: cannot read {path}: {error.strerror}") from None
+        if len(found.mean) != in_bands:
+            raise ConfigError(
+                f"stats: expected statistics of {in_bands} bands, got {len(found.mean)} in {path}"
+            )
+        return found
+    if mean is None and in_bands == 3:
+        mean, std = IMAGENET
+        _log.info("mean and deviation of the bands are taken to be ImageNet's; --stats gives others")
+    if mean is None or len(mean) != in_bands or std is None or len(std) != in_bands:
+        raise ConfigError(f"stats: expected a file of pera_fast.stats for {in_bands} bands, got none")
+    zero, full = (0.0,) * in_bands, (255.0,) * in_bands
+    return Statistics({"uint8": zero}, {"uint8": full}, tuple(mean), tuple(std), num_windows=0, num_pixels=0)
+
+
+def _write(
+    out: str,
+    config: Config,
+    model: PerA,
+    optimizer: TeacherOptimizer,
+    statistics: Statistics,
+    images_seen: int = 0,
+) -> None:
+    """A run with one checkpoint, of step 0."""
+    folder = Path(out).resolve()
+    config = replace(config, run=replace(config.run, out=str(folder)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"out: expected a new or empty folder, got {out} with files in it")
+        one = World(0, 1, torch.device("cpu"))
+        checkpoint.save(
+            folder / "checkpoints", 0, model, optimizer, config, statistics, 1, one, images_seen=images_seen
+        )
+        save_yaml(config, folder / "config.yaml")
+    except (OSError, checkpoint.WriteError) as error:
+        raise DataError(f"cannot write {out}: {error}") from None
+    print(f"{out}: go on with  pera_fast train --config {Path(out) / 'config.yaml'} --resume --data DIR")
+
+
+def _optimizer(model: PerA, optim: OptimConfig) -> TeacherOptimizer:
+    return make(
+        "adamw_ema", model.ema_pairs(), betas=optim.betas, eps=optim.eps, clip_norm=optim.clip_norm,
+        decay_all=optim.decay_all,
+    )  # fmt: skip
+
+
+# --- commands -------------------------------------------------------------------------------------------
+
+
+def official(
+    file: Annotated[str, tyro.conf.Positional],
+    out: str,
+    global_px: int | None = None,
+    num_heads: int | None = None,
+    images_seen: int = 0,
+    stats: str | None = None,
+) -> None:
+    """The PerA authors' checkpoint (….params): student, teacher, heads and optimiser.
+
+    The centre is in none of their files and starts at 0, as when they resume.
+
+    Args:
+        file: What their training saved: {model, optimizer, scaler, best_loss, epoch}, or the model's tensors alone.
+        out: Folder for the run.
+        global_px: Side of the global crops to come; the positions are resampled (default: what they were made for).
+        num_heads: Attention heads, which no tensor's shape shows (default: one for every 64 of the width).
+        images_seen: Images that training has seen, where its schedules are to go on (default: they begin anew).
+        stats: A file of pera_fast.stats (default: 8 bit, ImageNet's mean and deviation, as the authors train).
+    """
+    path = Path(file)
+    found = read_tensors(path)
+    is_wrapped = isinstance(found, Mapping) and isinstance(found.get("model"), Mapping)
+    theirs = _only_tensors(found["model"] if is_wrapped else found, path)
+    weights = {from_official(name): value for name, value in theirs.items()}
+    config = _official_config(weights, global_px, num_heads)
+    saved = found.get("optimizer") if is_wrapped else None
+    if saved is not None:
+        config = replace(config, optim=_official_optim(saved, config.optim, path))
+    model = _official_model(weights, config, path)
+    moments = {} if saved is None else _official_moments(saved, weights, path)
+    trained, optimizer = dict(model.named_parameters()), _optimizer(model, config.optim)
+    for name, state in moments.items():
+        # A second moment that is interpolated can fall below 0, so that of resized positions begins anew.
+        if state["exp_avg"].shape == trained[name].shape:
+            optimizer.state[trained[name]] = state
+    statistics = _statistics(stats, config.model.in_bands)
+    _log.info(
+        "%d tensors of the model and the moments of %d read%s", len(theirs), len(moments),
+        f", of epoch {found['epoch']}" if is_wrapped and "epoch" in found else "",
+    )  # fmt: skip
+    _write(out, config, model, optimizer, statistics, images_seen)
+
+
+def _official_model(weights: Mapping[str, Tensor], config: Config, path: Path) -> PerA:
+    """A PerA of these tensors, their positions at the config's size, and a centre of 0."""
+    grid = config.crops.global_px // config.model.patch_px
+    given = dict(weights)
+    for name in [name for name in weights if name.endswith("pos_embed")]:
+        if _grid_of(weights[name]) != grid:
+            given[name] = _resize_positions(weights[name], grid)
+    with torch.device("meta"):
+        model = PerA(config)
+    _check_fit({name: x for name, x in model.state_dict().items() if name != "centre"}, given, path)
+    model.load_state_dict({**given, "centre": torch.zeros(config.model.num_prototypes)}, assign=True)
+    return model
+
+
+def _official_config(weights: Mapping[str, Tensor], global_px: int | None, num_heads: int | None) -> Config:
+    model = _model_of(weights, "student.backbone.", ModelConfig(), num_heads)
+    layers = sorted(
+        (int(m[1]), name)
+        for name in weights
+        if (m := re.fullmatch(r"student\.cls_head\.mlp\.(\d+)\.weight", name))
+    )
+    needed = ("student.cls_head.last_layer.weight_v", "student.backbone.pos_embed")
+    missing = [name for name in needed if name not in weights] + ([] if layers else ["student.cls_head.mlp"])
+    if missing:
+        raise ConfigError(f"file: expected the authors' checkpoint, got one without {', '.join(missing)}")
+    prototypes, bottleneck = weights[needed[0]].shape
+    base = _like(model)
+    model = replace(
+        model, drop_path=base.model.drop_path, head_layers=len(layers), head_bottleneck_dim=bottleneck,
+        head_hidden_dim=len(weights[layers[0][1]]) if len(layers) > 1 else model.head_hidden_dim,
+        num_prototypes=prototypes,
+    )  # fmt: skip
+    crops = _crops_of(base.crops, _grid_of(weights[needed[1]]), model.patch_px, global_px)
+    return replace(base, model=model, crops=crops)
+
+
+def _official_optim(saved: Any, base: OptimConfig, path: Path) -> OptimConfig:
+    try:
+        (group,) = saved["param_groups"]
+        return replace(base, betas=tuple(group["betas"]), eps=group["eps"])
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"file: expected one group of AdamW as optimizer in {printable(path)}, got other"
+        ) from None
+
+
+def _official_moments(saved: Any, weights: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """State by parameter: theirs counts the model's tensors in order, the teacher's, which have none, among them."""
+    ids, state = saved["param_groups"][0]["params"], saved.get("state", {})
+    if len(ids) != len(weights):
+        raise ConfigError(
+            f"file: expected an optimizer of the model's {len(weights)} tensors in {printable(path)}, got {len(ids)}"
+        )
+    moments, wrong = {}, []
+    for name, number in zip(weights, ids, strict=True):
+        if number not in state:
+            continue
+        entry = state[number]
+        shapes = [list(entry[key].shape) if key in entry else "nothing" for key in ("exp_avg", "exp_avg_sq")]
+        if "step" not in entry or shapes != [list(weights[name].shape)] * 2 or name.startswith("teacher."):
+            wrong.append(f"{name} of shape {list(weights[name].shape)} has moments of {shapes[0]}")
+            continue
+        moments[name] = {
+            "step": torch.as_tensor(entry["step"]).to(torch.float32),
+            "exp_avg": entry["exp_avg"].float(),
+            "exp_avg_sq": entry["exp_avg_sq"].float(),
+        }
+    wrong += [f"state {number} is of no tensor" for number in state if number not in ids]
+    if wrong:
+        raise ConfigError(
+            f"file: the optimizer in {printable(path)} does not fit its model: {'; '.join(wrong)}"
+        )
+    return moments
+
+
+def timm(
+    file: Annotated[str, tyro.conf.Positional],
+    out: str,
+    preset: str | None = None,
+    global_px: int | None = None,
+    num_heads: int | None = None,
+    stats: str | None = None,
+) -> None:
+    """A timm ViT, or a file of pera_fast.export: student and teacher start from it, the heads from scratch.
+
+    Args:
+        file: model.safetensors, a PyTorch file of tensors, or a folder with one of these and config.json.
+        out: Folder for the run.
+        preset: Whose crops, heads and schedules to take (default: that of the network's width and depth).
+        global_px: Side of the global crops to come; the positions are resampled (default: what they were made for).
+        num_heads: Attention heads, which no tensor's shape shows (default: one for every 64 of the width).
+        stats: A file of pera_fast.stats (default: 8 bit, with the mean and deviation of config.json or ImageNet's).
+    """
+    weights, settings = _model_folder(Path(file))
+    fed = settings.get("pretrained_cfg", settings)
+    heads = num_heads or settings.get("model_args", {}).get("num_heads")
+    _start(weights, out, Path(file), preset, global_px, heads, stats, fed.get("mean"), fed.get("std"))
+
+
+def hf(
+    file: Annotated[str, tyro.conf.Positional],
+    out: str,
+    preset: str | None = None,
+    global_px: int | None = None,
+    num_heads: int | None = None,
+    stats: str | None = None,
+) -> None:
+    """A ViT of Hugging Face transformers: student and teacher start from it, the heads from scratch.
+
+    Args:
+        file: What save_pretrained wrote, a folder with config.json; or its model.safetensors alone.
+        out: Folder for the run.
+        preset: Whose crops, heads and schedules to take (default: that of the network's width and depth).
+        global_px: Side of the global crops to come; the positions are resampled (default: what they were made for).
+        num_heads: Attention heads (default: config.json's, or one for every 64 of the width).
+        stats: A file of pera_fast.stats (default: 8 bit, mean and deviation of preprocessor_config.json or ImageNet's).
+    """
+    weights, settings = _model_folder(Path(file))
+    if (act := settings.get("hidden_act", "gelu")) != "gelu":
+        raise ConfigError(f"file: expected a ViT with hidden_act gelu, got {act}")
+    if (eps := settings.get("layer_norm_eps", 1e-6)) != 1e-6:
+        _log.info("its norms had eps %g, ours have 1e-06: outputs differ in the sixth digit", eps)
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    heads = num_heads or settings.get("num_attention_heads")
+    _start(from_hf(weights), out, Path(file), preset, global_px, heads, stats, mean, std)
+
+
+def _start(
+    weights: dict[str, Tensor], out: str, path: Path, preset: str | None, global_px: int | None,
+    num_heads: int | None, stats: str | None, mean: Any, std: Any,
+) -> None:  # fmt: skip
+    """A run whose student and teacher begin as the ViT with these weights, by our names."""
+    left_out = [name for name in weights if _HEADS.match(name)]
+    weights = {name: value.float() for name, value in weights.items() if name not in left_out}
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    base = PRESETS[preset] if preset else _like(_model_of(weights, "", ModelConfig(), num_heads))
+    model = _model_of(weights, "", base.model, num_heads)
+    if "pos_embed" not in weights:
+        raise ConfigError(f"file: expected pos_embed among the tensors of {printable(path)}, got nothing")
+    grid = _grid_of(weights["pos_embed"])
+    crops = _crops_of(base.crops, grid, model.patch_px, global_px)
+    config = replace(base, model=model, crops=crops)
+    if crops.global_px // model.patch_px != grid:
+        weights["pos_embed"] = _resize_positions(weights["pos_embed"], crops.global_px // model.patch_px)
+    statistics = _statistics(stats, model.in_bands, mean, std)
+    torch.manual_seed(config.run.seed)
+    peer = PerA(config)
+    for network in (peer.student, peer.teacher):
+        _check_fit(network.backbone.state_dict(), weights, path)
+        network.backbone.load_state_dict(weights)
+    _log.info("%d tensors read%s", len(weights), f", left out: {', '.join(left_out)}" if left_out else "")
+    _write(out, config, peer, _optimizer(peer, config.optim), statistics)
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"official": official, "timm": timm, "hf": hf}, prog="pera_fast.convert",
+        description="Start a run from weights of other codebases.",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    _cli.run(main)

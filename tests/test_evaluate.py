@@ -76,6 +76,7 @@ def test_perfect_features_are_classified_without_fault(folders: tuple[Path, Path
     assert result == {
         "top1": 1.0, "k": 5, "classes": ["field", "roof", "water"], "train": 24, "val": 15, "skipped": 0,
         "per_class_top1": {"field": 1.0, "roof": 1.0, "water": 1.0},
+        "confusion": [[5, 0, 0], [0, 5, 0], [0, 0, 5]],
     }  # fmt: skip
 
 
@@ -195,16 +196,18 @@ def test_command_prints_one_json_object(saved: Path, folders: tuple[Path, Path],
     out = tmp_path / "eval.json"
     done = run_module(
         "pera_fast.evaluate", "knn", "--checkpoint", saved, "--train", folders[0], "--val", folders[1],
-        "--k", 5, "--device", "cpu", "--out", out,
+        "--k", 5, "--device", "cpu", "--out", out, "--confusion", tmp_path / "confusion.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert list(result) == [
-        "top1", "k", "classes", "train", "val", "skipped", "per_class_top1", "untrained_top1",
-        "points_gained",
+        "top1", "k", "classes", "train", "val", "skipped", "per_class_top1", "confusion", "untrained_top1",
+        "points_gained", "raw_colours_top1",
     ]  # fmt: skip
     assert result["points_gained"] == pytest.approx(100 * (result["top1"] - result["untrained_top1"]))
+    assert result["raw_colours_top1"] == 1.0  # the classes are colours
     assert json.loads(out.read_text()) == result
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_error_ends_the_command_with_one_sentence(tmp_path: Path, folders: tuple[Path, Path]) -> None:

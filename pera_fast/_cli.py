@@ -1,16 +1,126 @@
-"""What all commands share: log lines on stderr, and faults of the user's input as one sentence."""
+"""What all commands share: `pera-fast COMMAND`, log lines on stderr, and faults of the input as one sentence."""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import logging
 import os
+import re
+import runpy
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any, TypeVar
+
+from pera_fast.config import ConfigError
+
+T = TypeVar("T")
 
 # Before torch brings its OpenMP, which reads this once: threads that spin while they wait take the processor
 # from the workers that read images. On two cores with one of them busy, a loss of many short products took
 # fifteen times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+COMMANDS = {
+    "train": "pre-train with PerA (on several GPUs: torchrun -m pera_fast.train)",
+    "evaluate": "k-NN, linear probe and segmentation of a teacher",
+    "embed": "embedding map of a scene, embeddings of a folder",
+    "report": "a run as one page",
+    "export": "a teacher for timm, transformers, ONNX or one file",
+    "convert": "a run from the authors' checkpoints, timm's or transformers' weights",
+    "stats": "value range, mean and deviation of a folder of images",
+    "plan": "memory and work of a run, before it",
+    "info": "what this installation can run",
+}
+
+
+def main() -> None:
+    """`pera-fast COMMAND …` is `python -m pera_fast.COMMAND …`; without a command, what there is."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()]
+        print(
+            "\n".join(
+                [
+                    "usage: pera-fast COMMAND [options]",
+                    "",
+                    *lines,
+                    "",
+                    "pera-fast COMMAND --help: its options",
+                ]
+            )
+        )
+    elif name in ("-V", "--version"):
+        from pera_fast import __version__
+
+        print(f"pera_fast {__version__}")
+    elif name in COMMANDS:
+        del sys.argv[1]
+        runpy.run_module(f"pera_fast.{name}", run_name="__main__", alter_sys=True)
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: command: expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _Terminal(StringIO):
+    encoding = "utf-8"  # by which tyro chooses the lines of its boxes
+
+
+def ask(cli: Callable[[], T]) -> T:
+    """What a call of tyro makes of the options; ConfigError, one sentence, for those it cannot take.
+
+    Help it prints itself. Nothing but the options may be worked on in the call: it may be made twice.
+    """
+    framed = _Terminal()
+    try:
+        with redirect_stdout(_Terminal()), redirect_stderr(framed):
+            return cli()
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause is not None:  # a sentence of ours, which tyro would frame
+            if isinstance(cause, ConfigError):
+                raise cause from None
+            cause = cause.__context__
+        if not stop.code:
+            return cli()
+    raise ConfigError(_sentence(framed.getvalue()))
+
+
+def ask_which(commands: dict[str, Callable[..., None]], prog: str, description: str) -> Callable[[], None]:
+    """The command that is asked for with its options, to be called."""
+    import tyro  # not needed where there are no subcommands to choose from
+
+    def later(command: Callable[..., None]) -> Callable[..., Any]:
+        return functools.wraps(command)(lambda **options: functools.partial(command, **options))
+
+    table = {name: later(command) for name, command in commands.items()}
+    return ask(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            table, prog=prog, description=description, sort_subcommands=False
+        )
+    )
+
+
+def _sentence(framed: str) -> str:
+    """tyro's box of lines as one sentence: what is wrong, and the options it may have been meant to be."""
+    lines = [line.strip("│ ") for line in framed.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))
+    what = (
+        " ".join(" ".join(lines[:rule] or framed.split()).split()).removeprefix("Error parsing ").rstrip(".:")
+    )
+    meant = [match[0] for line in lines[rule:] if (match := re.match(r"--[\w-]+", line))]
+    hint = (
+        f"; did you mean {' or '.join(meant[:3])}?"
+        if any("meant" in line for line in lines) and meant
+        else ""
+    )
+    return what[:1].lower() + what[1:] + hint
 
 
 def run(main: Callable[[], None]) -> None:

@@ -208,7 +208,7 @@ def _write(
         save_yaml(config, folder / "config.yaml")
     except (OSError, checkpoint.WriteError) as error:
         raise DataError(f"cannot write {out}: {error}") from None
-    print(f"{out}: go on with  pera_fast train --config {Path(out) / 'config.yaml'} --resume --data DIR")
+    print(f"{out}: go on with  pera-fast train --config {Path(out) / 'config.yaml'} --resume --data DIR")
 
 
 def _optimizer(model: PerA, optim: OptimConfig) -> TeacherOptimizer:
@@ -421,10 +421,8 @@ def _start(
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        {"official": official, "timm": timm, "hf": hf}, prog="pera_fast.convert",
-        description="Start a run from weights of other codebases.",
-    )  # fmt: skip
+    commands = {"official": official, "timm": timm, "hf": hf}
+    _cli.ask_which(commands, "pera_fast.convert", "Start a run from weights of other codebases.")()
 
 
 if __name__ == "__main__":

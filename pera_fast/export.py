@@ -287,4 +287,4 @@ def export(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(lambda: export(tyro.cli(Args, prog="pera_fast.export")))
+    _cli.run(lambda: export(_cli.ask(lambda: tyro.cli(Args, prog="pera_fast.export"))))

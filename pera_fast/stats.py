@@ -64,4 +64,4 @@ def table(statistics: Statistics) -> str:
 
 
 if __name__ == "__main__":
-    _cli.run(lambda: main(tyro.cli(Args, prog="python -m pera_fast.stats")))
+    _cli.run(lambda: main(_cli.ask(lambda: tyro.cli(Args, prog="pera_fast.stats"))))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from io import StringIO
 
 import tyro
 
@@ -36,17 +34,7 @@ def parse(arguments: list[str]) -> Config:
         tyro.cli, Config, default=base, args=options, prog="pera_fast.train", description=description,
         config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return cli()
-    except SystemExit as stop:
-        # tyro would frame our own sentence; what it has to say itself (help, a misspelt option) it says.
-        cause: BaseException | None = stop
-        while cause is not None:
-            if isinstance(cause, ConfigError):
-                raise cause from None
-            cause = cause.__context__
-        return cli()
+    return _cli.ask(cli)
 
 
 def train(config: Config, on: World) -> None:

@@ -1,0 +1,117 @@
+"""`pera-fast COMMAND`: every command is there, and wrong options are one sentence.
+
+Most commands run in this process, since each fresh one takes seconds to import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_module
+
+from pera_fast import __version__, _cli
+from pera_fast.config import ConfigError
+
+
+class Shown:
+    """What `pera-fast` with these arguments prints, and its exit code."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["pera-fast", *arguments])
+        code: object = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that is imported already
+            try:
+                _cli.main()
+            except SystemExit as stop:
+                code = stop.code or 0
+        out, err = self._capsys.readouterr()
+        assert isinstance(code, int)
+        return code, out, err
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shown:
+    return Shown(monkeypatch, capsys)
+
+
+def test_every_command_is_a_module_and_the_other_way_round() -> None:
+    modules = {p.stem for p in (ROOT / "pera_fast").glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    assert modules == set(_cli.COMMANDS)
+
+
+def test_the_version_is_in_one_place() -> None:
+    installed = Path(sys.executable).with_name("pera-fast")
+    text = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True).stdout
+    assert text == f"pera_fast {__version__}\n"
+    for name in ("CITATION.cff", "CHANGELOG.md"):
+        assert re.search(rf"^(version: |## ){re.escape(__version__)}\b", (ROOT / name).read_text(), re.MULTILINE), name
+    assert 'dynamic = ["readme", "version"]' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_without_a_command_all_are_named(arguments: tuple[str, ...], shown: Shown) -> None:
+    code, out, _ = shown(*arguments)
+    assert code == 0 and all(f"  {name} " in out for name in _cli.COMMANDS)
+
+
+def test_a_command_is_its_module() -> None:
+    assert run_module("pera_fast", "info", "--json").stdout == run_module("pera_fast.info", "--json").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("trian",), "command: expected one of .*; did you mean train\\?"),
+        (("train", "--lr", "banana"), "--lr: could not convert string to float: 'banana'"),
+        (("train", "--lrr", "3"), "unrecognized options: --lrr, 3; did you mean --lr\\?"),
+        (("train", "--betas", "1"), "missing value for argument '--betas'. Expected 2 values"),
+        (("train", "--shard", "x"), "invalid choice 'x' for argument '--shard'. Expected one of .*"),
+        (("train", "--num-heads", "7"), "num_heads: expected a divisor of embed_dim = 192, got 7"),
+        (("stats",), "missing from pera_fast.stats: .*"),
+        (("report",), "missing from pera_fast.report: .*"),
+        (("evaluate",), "expected one of {knn, linear, seg}"),
+        (("evaluate", "knn", "--checkpoint", "x"), "missing from pera_fast.evaluate knn: --train.*"),
+        (("embed",), "missing from pera_fast.embed: .*"),
+        (("export", "--format", "x"), "invalid choice 'x' for argument '--format'. Expected one of .*"),
+        (("convert", "offical", "x"), "unrecognized options: offical, x"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_one_sentence(arguments: tuple[str, ...], sentence: str, shown: Shown) -> None:
+    code, out, err = shown(*arguments)
+    assert code == 2 and out == ""
+    assert re.fullmatch(f"error: {sentence}\n", err), err
+
+
+@pytest.mark.parametrize("name", _cli.COMMANDS)
+def test_help_is_shown(name: str, shown: Shown) -> None:
+    code, out, err = shown(name, "--help")
+    assert code == 0 and "usage" in (out + err).lower()
+
+
+def test_what_tyro_may_change_is_still_a_sentence() -> None:
+    """Should its box look otherwise one day, all it says is kept."""
+
+    def cli() -> None:
+        print("something\n is wrong", file=sys.stderr)
+        sys.exit(2)
+
+    with pytest.raises(ConfigError, match="^something is wrong$"):
+        _cli.ask(cli)
+
+
+def test_nothing_needs_a_terminal() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pera_fast", "train", "--lr", "x"], stdin=subprocess.DEVNULL, capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "COLUMNS": "20", "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert run.stderr.startswith(b"error: --lr: could not convert string to float")

@@ -19,7 +19,8 @@ __version__ = "0.1.0"
 
 
 def load_backbone(path: str | Path, device: str = "cpu") -> Backbone:
-    """A run's teacher, for features: see pera_fast.backbone.load_backbone. Imported when called: torch takes seconds."""
+    """A run's teacher, for features: see pera_fast.backbone.load_backbone."""
+    # Here rather than above: torch takes seconds, and `import pera_fast` needs none.
     from pera_fast import backbone
 
     return backbone.load_backbone(path, device)

@@ -9,7 +9,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any, TypeVar
@@ -92,7 +92,7 @@ def ask(cli: Callable[[], T]) -> T:
     raise ConfigError(_sentence(framed.getvalue()))
 
 
-def ask_which(commands: dict[str, Callable[..., None]], prog: str, description: str) -> Callable[[], None]:
+def ask_which(commands: Mapping[str, Callable[..., None]], prog: str, description: str) -> Callable[[], None]:
     """The command that is asked for with its options, to be called."""
     import tyro  # not needed where there are no subcommands to choose from
 

@@ -11,7 +11,7 @@ import logging
 import math
 import pickle  # for the name of its error alone
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -421,7 +421,7 @@ def _start(
 
 
 def main() -> None:
-    commands = {"official": official, "timm": timm, "hf": hf}
+    commands: dict[str, Callable[..., None]] = {"official": official, "timm": timm, "hf": hf}
     _cli.ask_which(commands, "pera_fast.convert", "Start a run from weights of other codebases.")()
 
 

@@ -6,45 +6,51 @@ import base64
 import html
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeGuard
 
 import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
-from sklearn.decomposition import PCA
-from torch import Tensor
+from PIL import Image
 
 import pera_fast
-from pera_fast import _cli, reference
+from pera_fast import _cli, checkpoint, pictures
 from pera_fast.checkpoint import Checkpoint, write_whole
-from pera_fast.config import PRESETS, Config
+from pera_fast.config import PRESETS, Config, ConfigError
 from pera_fast.data.index import scan_or_open, window_counts
-from pera_fast.data.loader import Sample, WindowDataset
-from pera_fast.data.sources import DataError, Scene, SceneIndex, UnreadableImage, printable, read_window
+from pera_fast.data.sources import DataError, Scene, UnreadableImage, printable
 from pera_fast.data.statistics import Statistics
-from pera_fast.features import normalise, resize, to_unit
+from pera_fast.evaluate import untrained_backbone
+from pera_fast.features import choose_device
 from pera_fast.model.vit import VisionTransformer
+from pera_fast.pictures import STUDENT, TARGET, TEACHER, CropPair, Picture, ShownScene
 
-# Okabe and Ito's colours, told apart with any kind of colour vision.
-_STUDENT, _TARGET, _TEACHER = "#0072B2", "#E69F00", "#009E73"
-_HIDDEN = 0.93  # grey level of patches that a network does not see
-_SHOWN_PX = 384  # side of a small image in the page: sharp on a phone, small in the file
-_PCA_SCENES, _PCA_GRID = 4, 36
+_STAGES = 4  # checkpoints whose features are shown, beside the untrained network's
+_HEADS = 3  # heads whose attention is shown, beside their mean
+
+
+class Curve(NamedTuple):
+    """One value of metrics.jsonl over the steps."""
+
+    label: str
+    meaning: str = ""
+    unit: float = 1  # what is recorded is divided by it
+    from_zero: bool = False  # else the axis shows the values' own range
+
 
 _LOSSES = {
-    "loss": ("Total loss", "what training makes smaller"),
-    "distill_global": ("Distillation, global crops", "student against teacher, cross-entropy"),
-    "distill_local": ("Distillation, local crops", "the same for the small crops"),
-    "koleo": ("KoLeo", "small when the images of a batch lie far apart"),
-    "pixel": ("Pixel error", "of the target patches that the student paints"),
-    "knn_top1": ("k-NN accuracy", "during training"),
+    "loss": Curve("Total loss", "what training makes smaller"),
+    "distill_global": Curve("Distillation, global crops", "student against teacher, cross-entropy"),
+    "distill_local": Curve("Distillation, local crops", "the same for the small crops"),
+    "koleo": Curve("KoLeo", "small when the images of a batch lie far apart"),
+    "pixel": Curve("Pixel error", "of the target patches that the student paints"),
+    "knn_top1": Curve("k-NN accuracy", "during training"),
 }
 _LOSS_NOTE = (
     "<p>The teacher, whom the student imitates, changes as it learns: a distillation loss that rises is not "
@@ -52,35 +58,44 @@ _LOSS_NOTE = (
     "measures.</p>\n"
 )
 _SCHEDULES = {
-    "lr": ("Learning rate", ""),
-    "momentum": ("Teacher momentum", "1 = the teacher stands still"),
-    "teacher_temperature": ("Teacher temperature", "smaller = surer targets"),
-    "grad_norm": ("Gradient norm", "before clipping"),
+    "lr": Curve("Learning rate"),
+    "momentum": Curve("Teacher momentum", "1 = the teacher stands still"),
+    "teacher_temperature": Curve("Teacher temperature", "smaller = surer targets"),
+    "grad_norm": Curve("Gradient norm", "before clipping"),
 }
 _HEALTH = {
-    "teacher_entropy": ("Teacher's entropy", "of an image's assignment, in nats; log K would say nothing"),
-    "prototype_entropy": (
-        "Prototypes' entropy",
-        "of all images' mean assignment; 0 = all share one prototype",
+    "teacher_entropy": Curve(
+        "Teacher's entropy", "of an image's assignment, in nats; log K would say nothing"
     ),
-    "kl": ("KL, teacher to student", "what the distillation loss can still gain"),
-    "feature_std": ("Spread of features", "from 0, all images equal (collapse), to 1"),
+    "prototype_entropy": Curve(
+        "Prototypes' entropy", "of all images' mean assignment; 0 = all share one prototype"
+    ),
+    "kl": Curve("KL, teacher to student", "what the distillation loss can still gain"),
+    "feature_std": Curve("Spread of features", "from 0, all images equal (collapse), to 1"),
+}
+_SPEED = {
+    "images_per_second": Curve("Images per second", "on all processors together", from_zero=True),
+    "data_wait_share": Curve("Waiting for images", "share of the time; near 0 is good", from_zero=True),
+    "peak_memory_bytes": Curve("Peak memory, GiB", "the most held at once so far", 2**30, from_zero=True),
 }
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; color-scheme: light;
-       max-width: 62rem; margin: 0 auto; padding: 1rem; }
+       max-width: 62rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
          border-bottom: 1px solid #ddd; }
-th { font-weight: 600; width: 38%; } td { overflow-wrap: anywhere; }
+th { font-weight: 600; width: 38%; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 .pairs { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem .6rem; max-width: 50rem; }
 .triples { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem .6rem; }
-.pairs img, .triples img { width: 100%; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: #444; overflow-wrap: anywhere; }
+.sixes { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .6rem; }
+@media (min-width: 40rem) { .sixes { grid-template-columns: repeat(6, minmax(0, 1fr)); } }
+.pairs, .triples, .sixes { margin-bottom: 1.2rem; }
+.pairs img, .triples img, .sixes img { width: 100%; }
+figure { margin: 0; } figcaption { font-size: .9rem; line-height: 1.3; color: #444; padding-top: .2rem; }
 .swatch { display: inline-block; width: .9em; height: .9em; margin-right: .3em; vertical-align: -.08em; }
 .legend span { margin-right: 1.2em; white-space: nowrap; }
 """
@@ -93,21 +108,24 @@ def write_report(
     config: Config,
     statistics: Statistics,
     scenes: Sequence[Scene],
+    show: Callable[[str, np.ndarray, int | None], object] | None = None,
 ) -> Path:
-    """Write report.html into `run_folder` from its metrics.jsonl and eval.json, and return its path.
+    """Write report.html into `run_folder` from its metrics.jsonl, eval.json and checkpoints; return its path.
 
     backbone: the teacher's, on any device; scenes: what the run was trained on. A missing or unreadable file
-    becomes a sentence in the page. DataError when the page cannot be written.
+    becomes a sentence in the page. show: called with each picture's tag, its pixels [H, W, 3] in 0..1, and
+    the step that it belongs to, None at the end. DataError when the page cannot be written.
     """
     run_folder = Path(run_folder)
     metrics = read_metrics(run_folder / "metrics.jsonl")
+    subject = Subject(run_folder, backbone, config, statistics, scenes)
     sections = [
         _summary(run_folder, config, scenes, backbone, metrics),
         _curves("Losses", "losses", _LOSSES, metrics, _LOSS_NOTE),
         _curves("Schedules and gradient", "schedules", _SCHEDULES, metrics),
         _curves("Assignments and spread", "health", _HEALTH, metrics),
-        _crop_sections(config, statistics, scenes),
-        _pca_section(backbone, config, statistics, scenes),
+        _curves("Speed and memory", "speed", _SPEED, metrics),
+        *_picture_sections(subject),
     ]
     name = html.escape(printable(run_folder.resolve().name))
     page = (
@@ -118,11 +136,15 @@ def write_report(
         "<p>A vision transformer was trained on satellite and aerial images without labels. Two networks see "
         "different parts of the same place: the student learns to agree with the teacher, and the teacher is "
         "a slow average of the student. The teacher is what you use afterwards.</p>\n"
-        + "\n".join(sections)
-        + f"\n<p><small>pera_fast {getattr(pera_fast, '__version__', '')}</small></p>\n</body>\n</html>\n"
+        + "\n".join(section.html() for section in sections)
+        + f"\n<p>pera_fast {pera_fast.__version__}</p>\n</body>\n</html>\n"
     )
     path = run_folder / "report.html"
     write_whole(path, page)
+    if show is not None:
+        for section in sections:
+            for tag, picture in section.tagged():
+                show(tag, pictures.enlarged(picture.image), picture.step)
     return path
 
 
@@ -147,55 +169,54 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _series(metrics: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the lines that have a finite `name`."""
+def _series(metrics: list[dict[str, Any]], name: str, unit: float = 1) -> tuple[list[float], list[float]]:
+    """Steps and values, in `unit`s, of the lines that have a finite `name`."""
     lines = [line for line in metrics if _is_number(line.get(name))]
-    return [line["step"] for line in lines], [line[name] for line in lines]
+    return [line["step"] for line in lines], [line[name] / unit for line in lines]
 
 
 # --- pieces of the page ---------------------------------------------------------------------------------
 
 
-def _section(title: str, anchor: str, body: str) -> str:
-    return f'<section id="{anchor}">\n<h2>{html.escape(title)}</h2>\n{body}\n</section>'
+@dataclass(frozen=True)
+class Section:
+    """One heading of the page, what it says, and rows of pictures."""
+
+    title: str
+    anchor: str
+    text: str  # HTML
+    rows: Sequence[Sequence[Picture]] = ()
+    layout: str = "pairs"  # pairs, triples or sixes: pictures side by side, where the screen is wide enough
+
+    def html(self) -> str:
+        rows = "\n".join(
+            f'<div class="{self.layout}">{"".join(_figure(picture) for picture in row)}</div>'
+            for row in self.rows
+        )
+        heading = html.escape(self.title)
+        return f'<section id="{self.anchor}">\n<h2>{heading}</h2>\n{self.text}\n{rows}\n</section>'
+
+    def tagged(self) -> Iterator[tuple[str, Picture]]:
+        """Each picture under a name of its own; the same at several steps under one."""
+        for number, row in enumerate(self.rows, 1):
+            for picture in row:
+                yield f"{self.anchor}/{number} {picture.name}", picture
 
 
-def _image(png: bytes, alt: str, caption: str = "") -> str:
-    data = base64.b64encode(png).decode("ascii")
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
-
-
-def _png(image: np.ndarray) -> bytes:
-    """[H, W, 3] in 0..1 -> PNG, small images enlarged by whole pixels."""
-    times = max(1, round(_SHOWN_PX / max(image.shape[:2])))
+def _figure(picture: Picture) -> str:
+    alt = picture.name if picture.step is None else f"{picture.name} at step {picture.step}"
+    shown = pictures.enlarged(picture.image)
+    # Photographs are a quarter as large as JPEG; what was enlarged has edges, which only PNG keeps.
+    kind = "png" if shown.shape != picture.image.shape else "jpeg"
     buffer = BytesIO()
-    imsave(buffer, np.clip(image, 0, 1).repeat(times, 0).repeat(times, 1), format="png")
-    return buffer.getvalue()
+    Image.fromarray((255 * shown).round().astype(np.uint8)).save(buffer, kind, quality=90, subsampling=0)
+    return _image(buffer.getvalue(), alt, picture.caption, kind)
 
 
-class Display:
-    """How the pixels of one image become the page's: stretched as the image needs, the first three bands.
-
-    8-bit images stay as they are. The range that other dtypes share can leave one sensor's images black, so
-    each band of those is stretched from its 2nd to its 98th percentile.
-    """
-
-    def __init__(self, image: Tensor, dtype: str) -> None:
-        bands = self._three(image)
-        self.low, self.high = np.zeros(3), np.ones(3)
-        if dtype != "uint8":
-            self.low, self.high = np.percentile(bands, (2, 98), axis=(0, 1))
-            self.high = np.maximum(self.high, self.low + 1e-6)
-
-    @staticmethod
-    def _three(image: Tensor) -> np.ndarray:
-        shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-        return shown.permute(1, 2, 0).numpy()
-
-    def __call__(self, image: Tensor) -> np.ndarray:
-        """[C, H, W] in 0..1 -> [H, W, 3] in 0..1; grey where there are fewer than three bands."""
-        return ((self._three(image) - self.low) / (self.high - self.low)).clip(0, 1)
+def _image(encoded: bytes, alt: str, caption: str, kind: str = "png") -> str:
+    data = base64.b64encode(encoded).decode("ascii")
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">{below}</figure>'
 
 
 def _band_note(config: Config) -> str:
@@ -214,7 +235,7 @@ def _summary(
     scenes: Sequence[Scene],
     backbone: VisionTransformer,
     metrics: list[dict[str, Any]],
-) -> str:
+) -> Section:
     model, crops = config.model, config.crops
     parameters = sum(p.numel() for p in backbone.parameters())
     preset = next((n for n, p in PRESETS.items() if (p.model, p.crops) == (model, crops)), None)
@@ -234,8 +255,10 @@ def _summary(
         *_progress_rows(config, scenes, metrics),
         *_knn_rows(run_folder / "eval.json", config),
     ]
-    table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>\n" for k, v in rows)
-    return _section("Summary", "summary", f"<table>\n{table}</table>")
+    table = "".join(
+        f'<tr><th scope="row">{html.escape(k)}</th><td>{html.escape(v)}</td></tr>\n' for k, v in rows
+    )
+    return Section("Summary", "summary", f"<table>\n{table}</table>")
 
 
 def _progress_rows(
@@ -258,8 +281,7 @@ def _progress_rows(
         yield "Speed", f"{np.median(speeds):,.1f} images per second (median)"
     if memory := _series(lines, "peak_memory_bytes")[1]:
         yield "Peak memory", f"{max(memory) / 2**30:.1f} GiB"
-    named = _LOSSES.items()
-    losses = [f"{label} {last[n]:.4g}" for n, (label, _) in named if _is_number(last.get(n))]
+    losses = [f"{curve.label} {last[n]:.4g}" for n, curve in _LOSSES.items() if _is_number(last.get(n))]
     yield "Last losses", "; ".join(losses) or "not finite"
     for name, what in (("skipped_steps", "Skipped steps"), ("bad_images", "Unreadable images")):
         if last.get(name):
@@ -286,28 +308,31 @@ def _knn_rows(path: Path, config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _curves(
-    title: str, anchor: str, names: dict[str, tuple[str, str]], metrics: list[dict[str, Any]], note: str = ""
-) -> str:
+    title: str, anchor: str, curves: dict[str, Curve], metrics: list[dict[str, Any]], note: str = ""
+) -> Section:
     panels = []
-    for name, (label, meaning) in names.items():
-        steps, values = _series(metrics, name)
+    for name, curve in curves.items():
+        steps, values = _series(metrics, name, curve.unit)
         if steps:
-            panels.append(_image(_curve(steps, values, label), f"{label} by step", meaning))
+            panels.append(_image(_plot(steps, values, curve), f"{curve.label} by step", curve.meaning))
     if not panels:
         sentence = "The metrics.jsonl of this run records nothing to draw here, or is missing."
-        return _section(title, anchor, f"<p>{sentence}</p>")
-    return _section(title, anchor, f'{note}<div class="panels">{"".join(panels)}</div>')
+        return Section(title, anchor, f"<p>{sentence}</p>")
+    return Section(title, anchor, f'{note}<div class="panels">{"".join(panels)}</div>')
 
 
-def _curve(steps: list[float], values: list[float], label: str) -> bytes:
-    figure = Figure(figsize=(4, 2.6), layout="constrained")
+def _plot(steps: list[float], values: list[float], curve: Curve) -> bytes:
+    figure = Figure(figsize=(3.5, 2.4), layout="constrained")
     axes = figure.subplots()
     marker = "o" if len(steps) < 15 else ""  # one point makes no line
-    axes.plot(steps, values, color=_STUDENT, linewidth=1.5, marker=marker, markersize=3)
-    axes.set_title(label, fontsize=12, loc="left")
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.plot(steps, values, color=STUDENT, linewidth=1.5, marker=marker, markersize=3)
+    axes.set_title(curve.label, fontsize=12, loc="left")
+    axes.set_xlabel("step", fontsize=11)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    if curve.from_zero:
+        axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     buffer = BytesIO()
@@ -315,211 +340,106 @@ def _curve(steps: list[float], values: list[float], label: str) -> bytes:
     return buffer.getvalue()
 
 
-# --- one crop of the run: masks and views ---------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class CropPair:
-    """A global crop of the run's first step: its pixels, its two views, and who sees which patch."""
+class Subject:
+    """What the pictures are made from; what several sections show is made once."""
 
-    crop: Tensor  # [C, px, px] in 0..1, before colours change
-    views: tuple[Tensor, Tensor]  # student's, teacher's
-    patches: tuple[Tensor, Tensor, Tensor]  # int64, raster indices: student, target, teacher
-    display: Display
+    run_folder: Path
+    backbone: VisionTransformer
+    config: Config
+    statistics: Statistics
+    scenes: Sequence[Scene]
+
+    @cached_property
+    def crop(self) -> CropPair:
+        return pictures.first_crop(self.config, self.statistics, self.scenes)
+
+    @cached_property
+    def shown(self) -> list[ShownScene]:
+        return pictures.shown_scenes(self.config, self.statistics, self.scenes)
+
+    @cached_property
+    def note(self) -> str:
+        """What a reader has to know of the images shown."""
+        deep = any(one.scene.dtype != "uint8" for one in self.shown)
+        more = " Images of more than 8 bits are brightened for the eye." if deep else ""
+        return _band_note(self.config) + more
 
 
-def first_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) -> CropPair:
-    """A global crop as the run drew it in its first step.
+Made = tuple[str, Sequence[Sequence[Picture]]]  # text as HTML, rows of pictures
 
-    If possible a typical one: with the student's colours changed and the teacher's not.
 
-    UnreadableImage or DataError when the images cannot be read.
-    """
-    sample, crop, crop_index = _choose_crop(config, statistics, scenes)
-    crops, table = config.crops, {k: torch.from_numpy(v[crop]) for k, v in sample.crops["global"].items()}
-    image = to_unit(sample.pixels, str(sample.pixels.dtype), statistics)
-    cropped = reference.window(image, table["box"].tolist())
-    image = reference.cut(cropped, table["flip"].tolist(), crops.global_px)
-    student, teacher = (
-        reference.colour(image, table["factor"][view], table["order"][view], bool(table["grey"][view]))
-        for view in range(2)
+def _picture_sections(subject: Subject) -> Iterator[Section]:
+    makers: tuple[tuple[str, str, str, Callable[[Subject], Made]], ...] = (
+        ("Who sees which patch", "masks", "pairs", _masks),
+        ("What the two networks see", "views", "pairs", _views),
+        ("What the teacher tells apart", "features", "triples", _features),
+        ("The same maps during training", "training", "sixes", _training),
+        ("Where the teacher looks", "attention", "sixes", _attention),
+        ("What looks alike to the teacher", "neighbours", "sixes", _neighbours),
     )
-    counts = crops.mask_counts((crops.global_px // config.model.patch_px) ** 2)
-    masks = reference.disjoint_masks(
-        torch.tensor([crop_index]), config.run.seed, 0, sum(counts), counts[0], counts[1]
-    )
-    display = Display(image, str(sample.pixels.dtype))
-    return CropPair(image, (student, teacher), (masks[0][0], masks[1][0], masks[2][0]), display)
+    for title, anchor, layout, make in makers:
+        try:
+            text, rows = make(subject)
+        except (UnreadableImage, DataError, ConfigError) as error:
+            text, rows = f"<p>There is nothing to show here: {html.escape(str(error))}</p>", ()
+        yield Section(title, anchor, text, rows, layout)
 
 
-def _choose_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene]) -> tuple[Sample, int, int]:
-    """A sample of the first step, one of its global crops, and that crop's index in the whole batch."""
-    dataset = WindowDataset(SceneIndex(scenes, []), statistics, config)
-    num_global, crops_per_image = config.crops.num_global, config.crops.num_global + config.crops.num_local
-    for position in range(min(config.run.images, 8)):
-        sample = dataset[position]
-        for crop in range(num_global):
-            student, teacher = sample.crops["global"]["order"][crop][:, 0] >= 0
-            if student and not teacher:
-                return sample, crop, position * crops_per_image + crop
-    return dataset[0], 0, 0
-
-
-def _crop_sections(config: Config, statistics: Statistics, scenes: Sequence[Scene]) -> str:
-    titles = ("Who sees which patch", "masks"), ("What the two networks see", "views")
-    try:
-        pair = first_crop(config, statistics, scenes)
-    except (UnreadableImage, DataError) as error:
-        sentence = f"<p>No image could be read to show this: {html.escape(str(error))}</p>"
-        return "\n".join(_section(*title, sentence) for title in titles)
+def _masks(subject: Subject) -> Made:
+    pair, patch_px = subject.crop, subject.config.model.patch_px
     student, target, teacher = pair.patches
     total = len(student) + len(target) + len(teacher)
-    named = ((_STUDENT, "student", student), (_TARGET, "target", target), (_TEACHER, "teacher", teacher))
+    named = ((STUDENT, "student", student), (TARGET, "target", target), (TEACHER, "teacher", teacher))
     legend = "".join(
         f'<span><i class="swatch" style="background:{colour}"></i>{name}: {len(patches)} patches '
         f"({100 * len(patches) / total:.0f} %)</span> "
         for colour, name, patches in named
     )
-    patch_px = config.model.patch_px
-    masks = (
+    text = (
         f"<p>A crop from the first step of this run, in {total} patches of {patch_px}×{patch_px} px. The "
         "student sees the blue patches and paints the orange ones from memory; the teacher sees the green "
-        f"ones. No patch is seen by both.{_band_note(config)}</p>\n"
-        f'<p class="legend">{legend}</p>\n<div class="pairs">'
-        + _image(_png(pair.display(pair.crop)), "the crop", "The crop")
-        + _image(_png(_overlay(pair, patch_px)), "the crop's patches tinted", "Its patches, shared out")
-        + "</div>"
+        f'ones. No patch is seen by both.{_band_note(subject.config)}</p>\n<p class="legend">{legend}</p>'
     )
-    shown = [
-        (pair.display(pair.views[0]), "Student's view: colours changed at random"),
-        (_only(pair.display(pair.views[0]), student, patch_px), "What the student gets of it"),
-        (pair.display(pair.views[1]), "Teacher's view: colours rarely changed"),
-        (_only(pair.display(pair.views[1]), teacher, patch_px), "What the teacher gets of it"),
+    row = [
+        Picture("the crop", pair.display(pair.crop), "The crop"),
+        Picture("the crop's patches tinted", pictures.tinted(pair, patch_px), "Its patches, shared out"),
     ]
-    views = (
+    return text, [row]
+
+
+def _views(subject: Subject) -> Made:
+    pair, patch_px = subject.crop, subject.config.model.patch_px
+    student, teacher = (pair.display(view) for view in pair.views)
+    text = (
         "<p>Both views are the same crop of the same place, with different colours. From its few patches the "
-        "student has to say the same about the place as the teacher.</p>\n"
-        f'<div class="pairs">{"".join(_image(_png(image), text, text) for image, text in shown)}</div>'
+        "student has to say the same about the place as the teacher.</p>"
     )
-    return "\n".join(_section(*title, body) for title, body in zip(titles, (masks, views), strict=True))
-
-
-def _patch_mask(patches: Tensor, side: int, patch_px: int) -> np.ndarray:
-    """True at the pixels of the given patches, [side * patch_px] * 2."""
-    grid = np.zeros(side * side, bool)
-    grid[patches.numpy()] = True
-    return grid.reshape(side, side).repeat(patch_px, 0).repeat(patch_px, 1)
-
-
-def _overlay(pair: CropPair, patch_px: int) -> np.ndarray:
-    """[H, W, 3]: the crop under the colours of the three sets."""
-    # On grey the three colours mean one thing only.
-    image = pair.display(pair.crop).mean(-1, keepdims=True).repeat(3, -1)
-    side = len(image) // patch_px
-    for colour, patches in zip((_STUDENT, _TARGET, _TEACHER), pair.patches, strict=True):
-        tint = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        mask = _patch_mask(patches, side, patch_px)
-        image[mask] = 0.4 * image[mask] + 0.6 * tint
-    return image
-
-
-def _only(image: np.ndarray, patches: Tensor, patch_px: int) -> np.ndarray:
-    """[H, W, 3]: an image with all but the given patches blank."""
-    shown = image.copy()
-    shown[~_patch_mask(patches, len(shown) // patch_px, patch_px)] = _HIDDEN
-    return shown
-
-
-# --- features as colours --------------------------------------------------------------------------------
-
-
-class PcaMap(NamedTuple):
-    """Patch features of one scene as colours; all images are [H, W, 3] in 0..1."""
-
-    scene: Scene
-    image: np.ndarray
-    among_all: np.ndarray  # principal components of all shown scenes' patches
-    within: np.ndarray  # of this scene's own
-
-
-def pca_maps(
-    backbone: VisionTransformer, config: Config, statistics: Statistics, scenes: Sequence[Scene]
-) -> list[PcaMap]:
-    """Maps of up to four readable scenes spread over the list: patches of like colour have like features."""
-    shown: list[tuple[Scene, np.ndarray, Tensor]] = []
-    count = len(scenes)
-    spread = sorted({round(i * (count - 1) / (_PCA_SCENES - 1)) for i in range(_PCA_SCENES)} if count else ())
-    # The others stand in for scenes that cannot be read.
-    for i in [*spread, *sorted(set(range(count)) - set(spread))][: 4 * _PCA_SCENES]:
-        if len(shown) == _PCA_SCENES:
-            break
-        try:
-            image = _pca_input(scenes[i], config, statistics)
-        except UnreadableImage:
-            continue
-        features = _patch_features(backbone, normalise(image, statistics, config))
-        shown.append((scenes[i], Display(image, scenes[i].dtype)(image), features))
-    if not shown:
-        return []
-    sizes = [features.shape[:2].numel() for _, _, features in shown]
-    among_all = np.split(
-        _pca_colours(torch.cat([features.flatten(0, 1) for _, _, features in shown]).numpy()),
-        np.cumsum(sizes)[:-1],
+    shown = (
+        (student, "Student's view: colours changed at random"),
+        (pictures.only(student, pair.patches[0], patch_px), "What the student gets of it"),
+        (teacher, "Teacher's view: colours rarely changed"),
+        (pictures.only(teacher, pair.patches[2], patch_px), "What the teacher gets of it"),
     )
-    return [
-        PcaMap(
-            scene, image, colours.reshape(*features.shape[:2], 3),
-            _pca_colours(features.flatten(0, 1).numpy()).reshape(*features.shape[:2], 3),
+    return text, [[Picture(caption, image, caption) for image, caption in shown]]
+
+
+def _features(subject: Subject) -> Made:
+    """Patches of like colour have like features."""
+    maps = [pictures.patch_features(subject.backbone, one.pixels) for one in subject.shown]
+    rows = []
+    for one, among_all, features in zip(subject.shown, pictures.pca_colours(maps), maps, strict=True):
+        name, (within,) = _name(one.scene), pictures.pca_colours([features])
+        rows.append(
+            [
+                Picture(name, one.image, name),
+                Picture(f"features of {name} among all scenes", among_all, "Among all scenes"),
+                Picture(f"features of {name} within the scene", within, "Within the scene"),
+            ]
         )
-        for (scene, image, features), colours in zip(shown, among_all, strict=True)
-    ]  # fmt: skip
-
-
-def _pca_colours(features: np.ndarray) -> np.ndarray:
-    """[n, D] -> [n, 3] in 0..1: three principal components, each from its 2nd to its 98th percentile."""
-    components = min(3, *features.shape)
-    scores = PCA(components, svd_solver="full").fit_transform(features)
-    low, high = np.percentile(scores, (2, 98), axis=0)
-    colours = ((scores - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return np.pad(colours, ((0, 0), (0, 3 - components)))
-
-
-def _pca_input(scene: Scene, config: Config, statistics: Statistics) -> Tensor:
-    """The scene, or its middle if it is large, in 0..1 at whole patches: [C, rows * p, columns * p]."""
-    patch_px = config.model.patch_px
-    # At most as much ground per patch as training shows, so that a vast scene is neither read whole nor
-    # shrunk to a scale that the network never saw.
-    most = max(1, config.data.window_px * _PCA_GRID * patch_px // config.crops.global_px)
-    height, width = min(scene.height, most), min(scene.width, most)
-    pixels, _ = read_window(
-        scene, (scene.height - height) // 2, (scene.width - width) // 2, height, width,
-        bands=config.data.bands, in_bands=config.model.in_bands, nodata=config.data.nodata,
-    )  # fmt: skip
-    rows, columns = (max(1, round(_PCA_GRID * side / max(height, width))) for side in (height, width))
-    return resize(to_unit(pixels, scene.dtype, statistics), rows * patch_px, columns * patch_px)
-
-
-def _patch_features(backbone: VisionTransformer, image: Tensor) -> Tensor:
-    """Normalised [C, H, W] -> float32 [rows, columns, D] on the CPU."""
-    device = next(backbone.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        patches = backbone(image[None].to(device))[1][0].float().cpu()
-    return patches.unflatten(0, (image.shape[1] // backbone.patch_px, -1))
-
-
-def _pca_section(
-    backbone: VisionTransformer, config: Config, statistics: Statistics, scenes: Sequence[Scene]
-) -> str:
-    title = "What the teacher tells apart", "features"
-    maps = pca_maps(backbone, config, statistics, scenes)
-    if not maps:
-        return _section(*title, "<p>No image could be read to show this.</p>")
-    figures = []
-    for scene, image, among_all, within in maps:
-        name = printable(Path(scene.path).name)
-        figures.append(_image(_png(image), name, name))
-        figures.append(_image(_png(among_all), f"features of {name} among all scenes", "Among all scenes"))
-        figures.append(_image(_png(within), f"features of {name} within the scene", "Within the scene"))
     text = (
         "Beside each image, the teacher's description of every patch as a colour: the three main directions "
         "in which descriptions differ become red, green and blue. Patches of like colour look alike to the "
@@ -527,10 +447,97 @@ def _pca_section(
         "them on one image, and its colours mean nothing elsewhere. After a good training, the colours "
         "follow what is on the ground."
     )
-    note = _band_note(config)
-    if any(scene.dtype != "uint8" for scene, *_ in maps):
-        note += " Images of more than 8 bits are brightened for the eye."
-    return _section(*title, f'<p>{text}{note}</p>\n<div class="triples">{"".join(figures)}</div>')
+    return f"<p>{text}{subject.note}</p>", rows
+
+
+def _training(subject: Subject) -> Made:
+    """Features of a few scenes before training and at checkpoints that were kept."""
+    shown = subject.shown[:2]
+    stages: list[tuple[int, list[np.ndarray]]] = []
+    for step, network in _networks(subject):
+        network = network.to(subject.backbone.cls_token.device)
+        stages.append((step, [pictures.patch_features(network, one.pixels) for one in shown]))
+    if len(stages) == 1:
+        raise DataError("no checkpoint of this run can be read")
+    rows = []
+    for place, one in enumerate(shown):
+        name = _name(one.scene)
+        row = [Picture(name, one.image, name)]
+        maps = pictures.matched_colours([features[place] for _, features in stages])
+        for (step, _), colours in zip(stages, maps, strict=True):
+            caption = f"Step {step:,}" if step else "Before training"
+            row.append(Picture(f"features of {name}", colours, caption, step))
+        rows.append(row)
+    text = (
+        "The same kind of map, of the teacher before training and at checkpoints of this run. Each map shows "
+        "the three main directions of its own time, and its colours are turned to match those of the map "
+        "after it as well as they can: where a patch keeps its colour, its description has kept its place "
+        "among the others."
+    )
+    return f"<p>{text}</p>", rows
+
+
+def _networks(subject: Subject) -> Iterator[tuple[int, VisionTransformer]]:
+    """Step and teacher: untrained, then of checkpoints spread over those kept; one in memory at a time."""
+    yield 0, untrained_backbone(subject.config)
+    kept = checkpoint.complete(subject.run_folder / "checkpoints")
+    for i in pictures.spread(len(kept), _STAGES):
+        try:
+            found = Checkpoint.open(kept[i])
+            yield found.step, found.teacher()
+        except ConfigError:
+            continue  # of another version, or just being replaced by the run
+
+
+def _attention(subject: Subject) -> Made:
+    rows = []
+    for one in subject.shown[:2]:
+        name, grid = _name(one.scene), one.pixels.shape[1] // subject.backbone.patch_px
+        # The token's attention to itself has no place on the map.
+        heads = pictures.cls_attention(subject.backbone, one.pixels)[:, 1:].unflatten(1, (grid, -1)).numpy()
+        row = [
+            Picture(name, one.image, name),
+            Picture(f"attention over {name}", pictures.heat(heads.mean(0)), "Mean of all heads"),
+        ]
+        for i in pictures.spread(len(heads), _HEADS) if len(heads) > 1 else ():
+            row.append(
+                Picture(f"attention over {name}, head {i + 1}", pictures.heat(heads[i]), f"Head {i + 1}")
+            )
+        rows.append(row)
+    text = (
+        "The class token stands for the whole image, and is what you use to compare or classify images. In "
+        "its last block the teacher gathers it from the patches: bright ones weigh much, black ones nothing. "
+        "Several heads look at the same time, each for something of its own. Each map is as bright as its "
+        "own brightest patches. A network that has learnt nothing looks everywhere alike, or by place only."
+    )
+    return f"<p>{text}{subject.note}</p>", rows
+
+
+def _neighbours(subject: Subject) -> Made:
+    tiles = pictures.seen_tiles(subject.backbone, subject.config, subject.statistics, subject.scenes)
+    rows = []
+    for query, others in pictures.nearest(tiles):
+        asked = tiles[query]
+        row = [Picture(f"tile of {_name(asked.tile.scene)}", asked.image, "This tile")]
+        for rank, i in enumerate(others, 1):
+            similarity = float(asked.token @ tiles[i].token)
+            where = "same image" if tiles[i].tile.scene == asked.tile.scene else "another image"
+            name = f"nearest tile {rank}, of {_name(tiles[i].tile.scene)}"
+            row.append(Picture(name, tiles[i].image, f"{similarity:.3f}, {where}"))
+        rows.append(row)
+    if not rows:
+        raise DataError("no two tiles that lie apart can be read")
+    text = (
+        f"{len(rows)} of {len(tiles)} tiles drawn from the images, each followed by those that the teacher "
+        "describes most similarly. The number is the cosine similarity of the two descriptions (class "
+        "tokens); 1 means the same. Tiles that touch the first one are left out. After a good training, a "
+        "row shows one kind of place, also where its tiles come from different images."
+    )
+    return f"<p>{text}{_band_note(subject.config)}</p>", rows
+
+
+def _name(scene: Scene) -> str:
+    return printable(Path(scene.path).name)
 
 
 # --- command --------------------------------------------------------------------------------------------
@@ -545,14 +552,15 @@ class Args:
 
 
 def main() -> None:
-    arguments = tyro.cli(Args, prog="python -m pera_fast.report")
+    arguments = _cli.ask(lambda: tyro.cli(Args, prog="pera_fast.report"))
     opened = Checkpoint.open(arguments.run)
     in_run = opened.path.parent.name == "checkpoints"
     data = opened.config.data
     root = data.data or Path(pera_fast.__file__).parent / "demo"
     index = scan_or_open(root, data.index, data.max_bad_share)
     path = write_report(
-        opened.path.parent.parent if in_run else Path(arguments.run), backbone=opened.teacher(),
+        opened.path.parent.parent if in_run else Path(arguments.run),
+        backbone=opened.teacher().to(choose_device("auto")),
         config=opened.config, statistics=opened.statistics, scenes=index.scenes,
     )  # fmt: skip
     print(path)

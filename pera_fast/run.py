@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -71,7 +72,9 @@ class Run:
         self.total_steps = min(
             self._schedules.total_steps - self._steps_ahead, config.run.max_steps or 10**12
         )
-        self.records = Records(self.out, config, world, self.start_step, self.total_steps, is_new=found is None)
+        self.records = Records(
+            self.out, config, world, self.start_step, self.total_steps, is_new=found is None
+        )
         self.asked_to_stop = False
         self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
@@ -180,7 +183,8 @@ class Run:
         """k-NN against the untrained network where there is something to classify, and the report."""
         if not self.world.is_first:
             return
-        teacher = checkpoint.Checkpoint.open(self.out).teacher()
+        found = checkpoint.Checkpoint.open(self.out)
+        teacher = found.teacher().to(self.world.device)
         tiles = self._eval_tiles
         if tiles is None and self.config.data.data is None:
             tiles = scene_halves(self.index.scenes)
@@ -195,11 +199,13 @@ class Run:
             )  # fmt: skip
         from pera_fast.report import write_report  # with matplotlib and scikit-learn: seconds
 
+        images: list[tuple[str, np.ndarray, int | None]] = []
         path = write_report(
             self.out, backbone=teacher, config=self.config, statistics=self.statistics,
-            scenes=self.index.scenes,
+            scenes=self.index.scenes, show=lambda *image: images.append(image),
         )  # fmt: skip
         _log.info("report: %s", path)
+        self.records.images(found.step, images)
 
     def _evaluate_now(self, step: int) -> None:
         """k-NN of the teacher as it is, on rank 0, into metrics.jsonl and TensorBoard."""
@@ -360,6 +366,18 @@ class Records:
         """Record one value outside the regular lines; the time since the last line does not count."""
         self._write({"step": step, name: value})
         self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def images(self, step: int, images: Sequence[tuple[str, np.ndarray, int | None]]) -> None:
+        """The report's images into TensorBoard, in a file of their own, as they are made after the last step.
+
+        images: tag, pixels [H, W, 3] in 0..1, and the step they show, or None for `step`, the last one.
+        """
+        try:
+            with SummaryWriter(str(self.out / "tensorboard"), filename_suffix=".images") as events:
+                for tag, image, at in images:
+                    events.add_image(tag, image, step if at is None else at, dataformats="HWC")
+        except OSError as error:
+            self._not_written("TensorBoard's images", error)
 
     def close(self) -> None:
         self._bar.close()

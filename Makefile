@@ -6,7 +6,7 @@ READY := .venv/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell echo ,gpu))
 
-.PHONY: train test bench lint gpu clean
+.PHONY: train test bench lint docs gpu clean
 
 train: $(READY)
 	$(BIN)/python -m pera_fast.train $(ARGS)
@@ -29,6 +29,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ with the API reference and the tables of bench/results, in site/: open site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Build, GPU tests, memory checker, benchmarks: everything lands in $$OUT (default: gpu_out).
 gpu:

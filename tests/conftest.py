@@ -101,29 +101,35 @@ def several_ranks(file: str, ranks: int, *arguments: object, per_node: int | Non
 
 
 def three_way(
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., torch.Tensor] | dict[str, Callable[..., torch.Tensor]],
     eager: Callable[..., torch.Tensor],
     *inputs: torch.Tensor,
     slack: float,
     floor: float = 0.0,
-) -> None:
+    exact: list[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """error(function vs float64) <= error(eager in the same dtype vs float64) + slack, outputs and gradients.
 
-    Errors are shares of a tensor's norm, or of `floor` where that is larger: what is all but 0 is a difference of
-    larger numbers.
+    function: one, or several by their names, with one eager computation between them. Errors are shares of a tensor's
+    norm, or of `floor` where that is larger: what is all but 0 is a difference of larger numbers. Returns what
+    float64 gave, which a later call on the same inputs may take as `exact`.
     """
-    errors = []
-    exact = _outputs_and_gradients(eager, [x.double() for x in inputs])
-    for f in (function, eager):
+    functions = function if isinstance(function, dict) else {"": function}
+    if exact is None:
+        exact = _outputs_and_gradients(eager, [x.double() for x in inputs])
+
+    def errors(f: Callable[..., torch.Tensor]) -> list[float]:
         got = _outputs_and_gradients(f, list(inputs))
-        errors.append(
-            [
-                (a.double() - b).norm().item() / (max(b.norm().item(), floor) or 1)
-                for a, b in zip(got, exact, strict=True)
-            ]
-        )
-    for ours, theirs in zip(*errors, strict=True):
-        assert ours <= theirs + slack, f"error {ours:.3g} against {theirs:.3g} of eager PyTorch"
+        return [
+            (a.double() - b).norm().item() / (max(b.norm().item(), floor) or 1)
+            for a, b in zip(got, exact, strict=True)
+        ]
+
+    of_eager = errors(eager)
+    for name, f in functions.items():
+        for ours, theirs in zip(errors(f), of_eager, strict=True):
+            assert ours <= theirs + slack, f"{name} error {ours:.3g} against {theirs:.3g} of eager PyTorch"
+    return exact
 
 
 def _outputs_and_gradients(f: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ONE, ROOT, tiny_config
+
+from pera_fast import checkpoint
+from pera_fast.data.statistics import Statistics
+from pera_fast.engine import Engine
 
 PACKAGE = ROOT / "pera_fast"
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("[a-z]*.py"))
@@ -77,5 +81,11 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_snippets_run(number: int) -> None:
+def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the run that README speaks of."""
+    three = Statistics({"uint8": (0.0,) * 3}, {"uint8": (255.0,) * 3}, (0.5,) * 3, (0.2,) * 3, 1, 1)
+    engine = Engine(tiny_config(), three, ONE)
+    folder = tmp_path / "runs/mine/checkpoints"
+    checkpoint.save(folder, 1, engine.model, engine.optimizer, engine.config, three, keep=1, world=ONE)
+    monkeypatch.chdir(tmp_path)
     exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {})

@@ -1,0 +1,57 @@
+"""What the pages do not hold themselves, put in while the site is built.
+
+{{ results: adamw_ema, grad_norm }}   the ops' measurements, from bench/results/*.json
+{{ gpu }}                             a sentence about what has been measured on a GPU
+![what it shows](figures/x.svg)       the drawing itself, which then takes the page's colours
+../bench/results/x.svg                a plot of the measurements
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
+ROWS = [
+    row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text()).get("rows", ())
+]
+GPUS = sorted({row["device"] for row in ROWS if not row["device"].endswith(" threads")})
+readme_table = runpy.run_path(str(ROOT / "bench/results.py"))["table"]
+
+
+def on_files(files: Files, config: Any) -> None:
+    for plot in sorted(RESULTS.glob("*.svg")):
+        files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    on_gpu = f"Measured on {', '.join(GPUS)}." if GPUS else "Nothing has been measured on a GPU yet."
+    markdown = re.sub(
+        r"\(\.\./bench/results/(\w+\.svg)\)", r"(results/\1)", markdown.replace("{{ gpu }}", on_gpu)
+    )
+    return re.sub(r"\{\{ results: (.+?) \}\}", lambda m: "\n\n".join(map(table, m[1].split(", "))), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    def drawing(found: re.Match[str]) -> str:
+        svg = (ROOT / f"docs/figures/{found[2]}.svg").read_text(encoding="utf-8")
+        return f'<figure class="drawing" role="img" aria-label="{found[1]}">{svg}</figure>'
+
+    return re.sub(r'<img alt="([^"]*)" src="[^"]*figures/(\w+)\.svg"\s*/?>', drawing, content)
+
+
+def table(op: str) -> str:
+    """The README's tables of one op, one per machine, without the column that says which op."""
+    if not (rows := [row for row in ROWS if row["op"] == op]):
+        raise PluginError(f"results: nothing is measured of {op}")
+    text = readme_table({"rows": rows}).replace("_", r"\_")  # else _foreach_lerp_ is set in italics
+    text = re.sub(r"^\|[^|\n]+\|", "|", text, flags=re.MULTILINE)
+    text = re.sub(r"\b\d\.\d+e\+\d+", lambda number: f"{float(number[0]):,.0f}", text)
+    return re.sub(r"^(?=[^|\n])", f"`{op}`, ", text, flags=re.MULTILINE)

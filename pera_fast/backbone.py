@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pera_fast
-from pera_fast.checkpoint import Checkpoint
+from pera_fast.checkpoint import Checkpoint, save_tensors
 from pera_fast.config import Config, ConfigError, DataConfig, RunConfig, from_dict, to_dict
 from pera_fast.data.sources import DataError, printable
 from pera_fast.data.statistics import Statistics
@@ -95,7 +94,7 @@ def write_tensors(weights: dict[str, Tensor], path: str | Path, metadata: dict[s
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial, metadata)
+        save_tensors(weights, partial, metadata)
         partial.replace(target)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

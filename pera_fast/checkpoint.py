@@ -56,6 +56,17 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
         raise DataError(f"cannot write {printable(target)}: {error.strerror}") from None
 
 
+def save_tensors(
+    tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file that may be read by whom the umask allows, as any other file. Raises OSError, SafetensorError."""
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode  # save_file puts one in its place that the owner alone may read
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, metadata)
+    path.chmod(mode)
+
+
 _FORMAT = 2
 _STATE = "state.json"
 _PREFIX = "step_"
@@ -100,7 +111,7 @@ def save(
             _save_shares({**weights, **moments}, partial)
         elif world.is_first:
             for name, tensors in (("model", weights), ("optimizer", moments)):
-                save_file({k: v.contiguous() for k, v in tensors.items()}, partial / f"{name}.safetensors")
+                save_tensors(tensors, partial / f"{name}.safetensors")
         if world.is_first:
             _complete(partial, target, step, images_seen, config, statistics)
     except (OSError, SafetensorError, WriteError) as error:

@@ -38,6 +38,7 @@ def test_files(image_folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(weights[k], v) for k, v in engine.model.state_dict().items())
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "others may read them as the umask says"
     teacher = checkpoint.Checkpoint.open(tmp_path).teacher().state_dict()
     assert all(torch.equal(teacher[k], v) for k, v in engine.teacher().state_dict().items())
 

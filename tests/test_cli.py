@@ -54,7 +54,9 @@ def test_the_version_is_in_one_place() -> None:
     text = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True).stdout
     assert text == f"pera_fast {__version__}\n"
     for name in ("CITATION.cff", "CHANGELOG.md"):
-        assert re.search(rf"^(version: |## ){re.escape(__version__)}\b", (ROOT / name).read_text(), re.MULTILINE), name
+        assert re.search(
+            rf"^(version: |## ){re.escape(__version__)}\b", (ROOT / name).read_text(), re.MULTILINE
+        ), name
     assert 'dynamic = ["readme", "version"]' in (ROOT / "pyproject.toml").read_text()
 
 

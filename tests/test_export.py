@@ -71,6 +71,9 @@ def test_a_file_holds_all_it_takes(file: Path) -> None:
     assert json.loads(metadata["bands"]) == [3, 2, 1]
     assert json.loads(metadata["mean"]) == pytest.approx([0.3, 0.4, 0.5])
     assert json.loads(metadata["std"]) == [0.2] * 3
+    like_any_other = file.with_name("other")
+    like_any_other.touch()
+    assert file.stat().st_mode == like_any_other.stat().st_mode, "others may read it as the umask says"
 
 
 def test_nothing_of_the_run_goes_along(tmp_path: Path, image_folder: Path) -> None:
@@ -263,7 +266,7 @@ def test_what_fails_leaves_nothing(file: Path, tmp_path: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pera_fast.backbone.save_file", full)
+    monkeypatch.setattr("pera_fast.checkpoint.save_file", full)
     with pytest.raises(DataError, match="No space left"):
         export(Args(str(file), str(tmp_path / "hf"), "hf"))
     with pytest.raises(DataError, match="No space left"):

@@ -61,9 +61,7 @@ def test_the_eager_baseline_is_the_same_mathematics(monkeypatch: pytest.MonkeyPa
         loss.backward()
         assert parity_check.relative(loss.detach(), step["total_loss"]) < 1e-5
         for name, gradient in step.get("grads_before_clip", {}).items():
-            assert (
-                parity_check.relative(model.get_parameter(from_official(name)).grad, gradient) < 1e-5
-            ), name
+            assert parity_check.relative(model.get_parameter(from_official(name)).grad, gradient) < 1e-5, name
         optimizer.param_groups[0].update(lr=step["lr"], weight_decay=step["wd"])
         eager_step.update(model, config, optimizer, step["momentum"], t_logits)
         if "center_after" in step:

@@ -59,7 +59,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 def save_tensors(
     tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file that may be read by whom the umask allows, as any other file. Raises OSError, SafetensorError."""
+    """A safetensors file, readable by whom the umask allows, as any other. Raises OSError, SafetensorError."""
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode  # save_file puts one in its place that the owner alone may read

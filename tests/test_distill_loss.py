@@ -189,9 +189,8 @@ assert torch.ops.pera_fast.isa() == names.index(sys.argv[1])
 for dim in (32, 37):
     tests.DIM = dim
     for rows, prototypes in ((1, 1), (33, 1000)):
-        for way in ("float32", "bfloat16", "bfloat16 in float32"):
-            with tests.pytest.MonkeyPatch.context() as patch:
-                tests.test_error_against_float64_is_no_larger_than_eager_pytorch(rows, prototypes, way, patch)
+        with tests.pytest.MonkeyPatch.context() as patch:
+            tests.test_error_against_float64_is_no_larger_than_eager_pytorch(rows, prototypes, patch)
     koleo_tests.test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(2, 5, 300, dim, 1.0)
 """
 
@@ -203,7 +202,7 @@ def test_each_instruction_set(capability: str) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("rows", [16, 160, 640, 2560])
+@pytest.mark.parametrize("rows", [16, 640, 2560])
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 def test_extra_memory_is_bounded(rows: int, in_bfloat16: bool) -> None:
     """Beyond inputs and parameter gradients, at any number of rows; 131072 logits of 2560 rows are 1.3 GB."""

@@ -29,25 +29,29 @@ def small(precision: str, activation: str = "none") -> Config:
     )
 
 
+# A small step goes first: what a process holds besides tensors, modules and the libraries' code, is loaded by then.
 PROBE = """
 import resource, sys
 import torch
+from conftest import ONE, tiny_config
 from test_plan import CPU, small
-from pera_fast.distributed import World
 from pera_fast.data.statistics import Statistics
 from pera_fast.engine import Engine
 from pera_fast.plan import synthetic_patches
-config = small(*sys.argv[1:3])
-images = int(sys.argv[3])
-with open("/proc/self/statm") as file:
-    before = int(file.read().split()[1]) * resource.getpagesize()
 zero = (0.0,) * 3
 statistics = Statistics({"uint8": zero}, {"uint8": (255.0,) * 3}, zero, (1.0,) * 3, num_windows=1, num_pixels=1)
-engine = Engine(config, statistics, World(0, 1, CPU))
-patches = synthetic_patches(config, images, CPU)
-engine.optimizer.allocate()
-engine.probe(patches)
-engine.probe(patches)
+
+def probe(config, images):
+    engine = Engine(config, statistics, ONE)
+    patches = synthetic_patches(config, images, CPU)
+    engine.optimizer.allocate()
+    engine.probe(patches)
+    engine.probe(patches)
+
+probe(tiny_config(precision=sys.argv[1]), 1)
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+probe(small(*sys.argv[1:3]), int(sys.argv[3]))
 # Not getrusage, whose peak may be that of the process this one was forked from.
 with open("/proc/self/status") as file:
     print(before, next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")))

@@ -42,7 +42,7 @@ def of_tree(process: int) -> tuple[float, int, int, float]:
 def test_2000_steps_are_flat(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     small = SMALL if os.environ.get("PERA_FAST_SOAK") != "demo" else ()
-    options = ("--max-steps", STEPS, "--epochs", 1000, "--log-every", 10, "--checkpoint-every", 250)
+    options = ("--max-steps", STEPS, "--epochs", 2000, "--log-every", 10, "--checkpoint-every", 250)
     found = []
     with log.open("wb") as file:
         process = subprocess.Popen(

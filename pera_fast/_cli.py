@@ -9,9 +9,10 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from io import StringIO, TextIOWrapper
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pera_fast.config import ConfigError
@@ -39,21 +40,17 @@ COMMANDS = {
 
 def main() -> None:
     """`pera-fast COMMAND …` is `python -m pera_fast.COMMAND …`; without a command, what there is."""
+    run(_command)
+
+
+def _command() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        lines = [f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()]
-        print(
-            "\n".join(
-                [
-                    "usage: pera-fast COMMAND [options]",
-                    "",
-                    *lines,
-                    "",
-                    "pera-fast COMMAND --help: its options",
-                ]
-            )
-        )
+        print("usage: pera-fast COMMAND [options]\n")
+        for command, text in COMMANDS.items():
+            print(f"  {command:<{width}}  {text}")
+        print("\npera-fast COMMAND --help: its options")
     elif name in ("-V", "--version"):
         from pera_fast import __version__
 
@@ -64,8 +61,34 @@ def main() -> None:
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: command: expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", file=sys.stderr)
-        raise SystemExit(2)
+        raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}{hint}")
+
+
+def check_files(read: Sequence[str], **written: str | None) -> None:
+    """ConfigError for a file, by its option's name, that cannot be written, or is read from or written to as another.
+
+    Before the work rather than after it.
+    """
+    taken = [Path(path).resolve() for path in read]
+    for name, file in written.items():
+        if file is None:
+            continue
+        got = file.encode("utf-8", "backslashreplace").decode()
+        try:
+            path = Path(file).resolve()
+            if path.is_dir():
+                raise ConfigError(f"{name}: expected a file to write, got the folder {got}")
+            if not path.parent.is_dir():
+                raise ConfigError(f"{name}: expected a file in a folder that exists, got {got}")
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: expected a file that can be written, got {got}: {error.strerror}"
+            ) from None
+        if path in taken:
+            raise ConfigError(
+                f"{name}: expected a file that nothing else is read from or written to, got {got}"
+            )
+        taken.append(path)
 
 
 class _Terminal(StringIO):
@@ -129,8 +152,13 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a fault of the program and keeps its traceback.
     """
     set_up_logging()
+    _set_up_streams()
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `… | head`: nothing is left to say, nor to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
@@ -138,6 +166,13 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as a shell reports it; the user knows why
+
+
+def _set_up_streams() -> None:
+    """Characters that a terminal does not have are shown as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pera_fast
@@ -77,7 +78,7 @@ def load_backbone(path: str | Path, device: str = "cpu") -> Backbone:
 
     device: cpu, cuda or auto. Raises ConfigError for what is none of these, or does not fit itself.
     """
-    on = choose_device(device)  # type: ignore[arg-type]
+    on = choose_device(device)
     if Path(path).is_file():
         return _read(Path(path)).to(on)
     found = Checkpoint.open(path)
@@ -131,31 +132,48 @@ def _public(config: Config) -> Config:
     )  # fmt: skip
 
 
-def _read(path: Path) -> Backbone:
+def exported(path: str | Path) -> tuple[Config, Statistics, int] | None:
+    """What a safetensors file of `pera_fast.export` says of itself: config, statistics, step. None for other files.
+
+    ConfigError when it cannot be read.
+    """
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if not {"config", "statistics", "step"} <= metadata.keys():
+            return None
         config = from_dict(json.loads(metadata["config"]))
-        statistics = Statistics.from_json(metadata["statistics"])
-        step = int(metadata["step"])
-    except KeyError:
-        raise ConfigError(
-            f"checkpoint: {path} is not a file of pera_fast.export --format safetensors; pera_fast.convert reads "
-            "other files"
-        ) from None
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        return config, Statistics.from_json(metadata["statistics"]), int(metadata["step"])
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"checkpoint: {path} cannot be read: {error}") from None
-    with torch.device("meta"):
-        vit = VisionTransformer(config.model, config.crops.global_px)
+
+
+def _read(path: Path) -> Backbone:
+    found = exported(path)
+    if found is None:
+        raise ConfigError(
+            f"checkpoint: expected a run, a checkpoint or a file of pera_fast.export --format safetensors, got {path}; "
+            "pera_fast.convert reads other files"
+        )
+    config, statistics, step = found
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"checkpoint: {path} cannot be read: {error}") from None
+    misfit = f"checkpoint: {path} does not fit its own config: expected"
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if blocks != config.model.depth:  # before so many are made
+        raise ConfigError(f"{misfit} {config.model.depth} blocks, got {blocks}")
+    try:
+        with torch.device("meta"):
+            vit = VisionTransformer(config.model, config.crops.global_px)
+    except (RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{misfit} a network that can be made, got {error}") from None
     wanted = vit.state_dict()
     if wrong := [k for k in wanted.keys() | weights.keys() if _shape(wanted, k) != _shape(weights, k)]:
         name = min(wrong)
-        raise ConfigError(
-            f"checkpoint: {path} does not fit its own config: expected {name} of shape {_shape(wanted, name)}, got "
-            f"{_shape(weights, name)}"
-        )
-    vit.load_state_dict(weights, assign=True)
+        raise ConfigError(f"{misfit} {name} of shape {_shape(wanted, name)}, got {_shape(weights, name)}")
+    vit.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     return Backbone(vit, config, statistics, step)
 
 

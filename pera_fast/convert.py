@@ -11,7 +11,9 @@ import logging
 import math
 import pickle  # for the name of its error alone
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,11 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pera_fast import _cli, checkpoint
+from pera_fast.backbone import exported
 from pera_fast.config import PRESETS, Config, ConfigError, CropConfig, ModelConfig, OptimConfig, save_yaml
 from pera_fast.data.sources import DataError, printable
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
-from pera_fast.model.names import from_hf, from_official
+from pera_fast.model.names import from_hf, from_official, to_official
 from pera_fast.model.pera import PerA
 from pera_fast.model.vit import resample_positions
 from pera_fast.optim import TeacherOptimizer, make
@@ -46,31 +49,51 @@ _HEADS = re.compile(
 # --- files ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Whatever else is wrong with what a file holds, as a ConfigError that names the file."""
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = _plain(f"{type(error).__name__}: {error}")[:160]
+        raise ConfigError(
+            f"file: expected a network that can be read from {printable(path)}, got {reason}"
+        ) from None
+
+
+def _plain(text: str) -> str:
+    """On one line, without what a terminal would take for a command."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
+
+
 def read_tensors(path: Path) -> Any:
     """What a safetensors or PyTorch file holds, tensors on the CPU. ConfigError when it holds other objects or none."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] != b"\x80" and start != b"PK":  # of a pickle, and of the archive that torch.save writes
+            raise ConfigError(f"file: expected a safetensors or PyTorch file, got {printable(path)}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"file: cannot read {printable(path)}: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        why = next(
-            (line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), ""
-        )
+    except pickle.UnpicklingError:
         raise ConfigError(
             f"file: expected tensors and plain values alone, got {printable(path)} with other objects, which could run "
-            f"a program when loaded{': ' + why.strip()[:160] if why else ''}"
+            "a program when loaded"
         ) from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except (SafetensorError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        reason = _plain(str(error))[:160] or type(error).__name__
         raise ConfigError(f"file: {printable(path)} cannot be read: {reason}") from None
 
 
-def _model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and merged JSON settings of a model's folder, or those of a file and none."""
+def _model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """Weights of a model's folder or file, the folder's JSON settings merged, and the file that holds the weights."""
     if not path.is_dir():
-        return _only_tensors(read_tensors(path), path), {}
+        return _only_tensors(read_tensors(path), path), {}, path
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
@@ -80,16 +103,25 @@ def _model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if (path / name).is_file():
             try:
                 settings |= json.loads((path / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError, TypeError) as error:
-                raise ConfigError(f"file: {printable(path / name)} cannot be read: {error}") from None
-    return _only_tensors(read_tensors(file), file), settings
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise ConfigError(
+                    f"file: {printable(path / name)} cannot be read: {_plain(str(error))}"
+                ) from None
+    return _only_tensors(read_tensors(file), file), settings, file
 
 
 def _only_tensors(found: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
+    if (
+        not isinstance(found, Mapping)
+        or not found
+        or not all(
+            isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+            for name, x in found.items()
+        )
+    ):
         raise ConfigError(f"file: expected tensors by their names in {printable(path)}, got something else")
     return dict(found)
 
@@ -111,10 +143,23 @@ def _model_of(
     depth = 1 + max(
         int(m[1]) for name in weights if (m := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name))
     )
+    if num_heads is None:
+        num_heads = max(1, dim // 64)
+        _log.info(
+            "num_heads is taken to be %d, one for every 64 of the width; --num-heads gives another", num_heads
+        )
+    ratio = hidden / dim
+    if int(dim * ratio) != hidden:  # the width of the MLP is cut to a whole number
+        ratio = math.nextafter(ratio, math.inf)
     return replace(
-        base, embed_dim=dim, depth=depth, num_heads=num_heads or max(1, dim // 64), mlp_ratio=hidden / dim,
-        patch_px=patch_px, in_bands=in_bands,
-    )  # fmt: skip
+        base,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=ratio,
+        patch_px=patch_px,
+        in_bands=in_bands,
+    )
 
 
 def _grid_of(table: Tensor) -> int:
@@ -141,25 +186,37 @@ def _like(model: ModelConfig) -> Config:
 
 def _crops_of(base: CropConfig, grid: int, patch_px: int, global_px: int | None) -> CropConfig:
     """Crops whose global size the position table has, or is to have."""
-    px = global_px or grid * patch_px
-    if px % patch_px:
-        raise ConfigError(f"global_px: expected a multiple of patch_px = {patch_px}, got {px}")
+    px = grid * patch_px if global_px is None else global_px
+    if px % patch_px or not 0 < px <= 1024 * patch_px:
+        raise ConfigError(
+            f"global_px: expected a multiple of patch_px = {patch_px} up to 1024 of them, got {px}"
+        )
     # Of the same share; two patches a side are the fewest that can be shared out.
     local = max(2, round(px * base.local_px / base.global_px / patch_px)) * patch_px
     return replace(base, global_px=px, local_px=base.local_px if px == base.global_px else local)
 
 
-def _check_fit(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], path: Path) -> None:
-    """ConfigError that lists every tensor missing, unknown or of another shape."""
-    wrong = [f"{name} is missing" for name in wanted if name not in got]
-    wrong += [f"{name} is not one of this network's" for name in got if name not in wanted]
+def _check_fit(
+    wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], path: Path, theirs: Callable[[str], str] = str
+) -> None:
+    """ConfigError that lists the tensors missing, unknown or of another shape, by `theirs` of our names."""
+    wrong = [f"{theirs(name)} is missing" for name in wanted if name not in got]
+    wrong += [f"{theirs(name)} is not one of this network's" for name in got if name not in wanted]
+    both = [name for name in wanted if name in got]
     wrong += [
-        f"{name} has shape {list(got[name].shape)}, expected {list(wanted[name].shape)}"
-        for name in wanted
-        if name in got and got[name].shape != wanted[name].shape
+        f"{theirs(name)} has shape {list(got[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in both
+        if got[name].shape != wanted[name].shape
     ]
+    wrong += [f"{theirs(name)} has numbers that are not finite" for name in both if not _is_finite(got[name])]
     if wrong:
-        raise ConfigError(f"file: {printable(path)} does not hold this network: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 50} more" if len(wrong) > 50 else ""
+        listed = _plain("; ".join(wrong[:50]))
+        raise ConfigError(f"file: {printable(path)} does not hold this network: {listed}{more}")
+
+
+def _is_finite(x: Tensor) -> bool:
+    return x.is_floating_point() and bool(x.isfinite().all())
 
 
 # --- the run it becomes ---------------------------------------------------------------------------------
@@ -172,18 +229,35 @@ def _statistics(path: str | None, in_bands: int, mean: Any = None, std: Any = No
             found = Statistics.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"stats: cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"stats: expected a JSON file of pera_fast.stats, got {path}") from None
         if len(found.mean) != in_bands:
             raise ConfigError(
                 f"stats: expected statistics of {in_bands} bands, got {len(found.mean)} in {path}"
             )
         return found
-    if mean is None and in_bands == 3:
+    if mean is None and std is None and in_bands == 3:
         mean, std = IMAGENET
         _log.info("mean and deviation of the bands are taken to be ImageNet's; --stats gives others")
-    if mean is None or len(mean) != in_bands or std is None or len(std) != in_bands:
+    if mean is None or std is None:
         raise ConfigError(f"stats: expected a file of pera_fast.stats for {in_bands} bands, got none")
-    zero, full = (0.0,) * in_bands, (255.0,) * in_bands
-    return Statistics({"uint8": zero}, {"uint8": full}, tuple(mean), tuple(std), num_windows=0, num_pixels=0)
+    if len(mean) != in_bands or len(std) != in_bands:
+        raise ConfigError(
+            f"file: expected a mean and a std of {in_bands} bands, got {len(mean)} and {len(std)}"
+        )
+    zero, full = [0.0] * in_bands, [255.0] * in_bands
+    values = {"low": {"uint8": zero}, "high": {"uint8": full}, "mean": list(mean), "std": list(std)}
+    return Statistics.from_json(json.dumps(values | {"num_windows": 0, "num_pixels": 0}))
+
+
+def _check_out(out: str) -> None:
+    try:
+        if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+            raise ConfigError(f"out: expected a new or empty folder, got {out} with files in it")
+    except OSError as error:
+        raise ConfigError(
+            f"out: expected a folder that can be written, got {out}: {error.strerror}"
+        ) from None
 
 
 def _write(
@@ -194,20 +268,24 @@ def _write(
     statistics: Statistics,
     images_seen: int = 0,
 ) -> None:
-    """A run with one checkpoint, of step 0."""
+    """A run with one checkpoint, of step 0, whole or not at all."""
     folder = Path(out).resolve()
+    partial = folder.with_name(f".{folder.name}.partial")
     config = replace(config, run=replace(config.run, out=str(folder)))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(f"out: expected a new or empty folder, got {out} with files in it")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         one = World(0, 1, torch.device("cpu"))
         checkpoint.save(
-            folder / "checkpoints", 0, model, optimizer, config, statistics, 1, one, images_seen=images_seen
+            partial / "checkpoints", 0, model, optimizer, config, statistics, 1, one, images_seen=images_seen
         )
-        save_yaml(config, folder / "config.yaml")
-    except (OSError, checkpoint.WriteError) as error:
-        raise DataError(f"cannot write {out}: {error}") from None
+        save_yaml(config, partial / "config.yaml")
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, checkpoint.WriteError)):
+            raise DataError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
+        raise
     print(f"{out}: go on with  pera-fast train --config {Path(out) / 'config.yaml'} --resume --data DIR")
 
 
@@ -241,17 +319,21 @@ def official(
         images_seen: Images that training has seen, where its schedules are to go on (default: they begin anew).
         stats: A file of pera_fast.stats (default: 8 bit, ImageNet's mean and deviation, as the authors train).
     """
+    _check_out(out)
+    if images_seen < 0:
+        raise ConfigError(f"images_seen: expected a whole number of at least 0, got {images_seen}")
     path = Path(file)
     found = read_tensors(path)
     is_wrapped = isinstance(found, Mapping) and isinstance(found.get("model"), Mapping)
     theirs = _only_tensors(found["model"] if is_wrapped else found, path)
-    weights = {from_official(name): value for name, value in theirs.items()}
-    config = _official_config(weights, global_px, num_heads)
+    weights = {from_official(name): value.float() for name, value in theirs.items()}
     saved = found.get("optimizer") if is_wrapped else None
-    if saved is not None:
-        config = replace(config, optim=_official_optim(saved, config.optim, path))
-    model = _official_model(weights, config, path)
-    moments = {} if saved is None else _official_moments(saved, weights, path)
+    with _understood(path):
+        config = _official_config(weights, global_px, num_heads)
+        if saved is not None:
+            config = replace(config, optim=_official_optim(saved, config.optim, path))
+        model = _official_model(weights, config, path)
+        moments = {} if saved is None else _official_moments(saved, weights, path)
     trained, optimizer = dict(model.named_parameters()), _optimizer(model, config.optim)
     for name, state in moments.items():
         # A second moment that is interpolated can fall below 0, so that of resized positions begins anew.
@@ -274,7 +356,9 @@ def _official_model(weights: Mapping[str, Tensor], config: Config, path: Path) -
             given[name] = _resize_positions(weights[name], grid)
     with torch.device("meta"):
         model = PerA(config)
-    _check_fit({name: x for name, x in model.state_dict().items() if name != "centre"}, given, path)
+    _check_fit(
+        {name: x for name, x in model.state_dict().items() if name != "centre"}, given, path, to_official
+    )
     model.load_state_dict({**given, "centre": torch.zeros(config.model.num_prototypes)}, assign=True)
     return model
 
@@ -303,6 +387,8 @@ def _official_config(weights: Mapping[str, Tensor], global_px: int | None, num_h
 
 def _official_optim(saved: Any, base: OptimConfig, path: Path) -> OptimConfig:
     try:
+        if not isinstance(saved, Mapping):
+            raise TypeError
         (group,) = saved["param_groups"]
         return replace(base, betas=tuple(group["betas"]), eps=group["eps"])
     except (KeyError, TypeError, ValueError):
@@ -322,16 +408,16 @@ def _official_moments(saved: Any, weights: Mapping[str, Tensor], path: Path) -> 
     for name, number in zip(weights, ids, strict=True):
         if number not in state:
             continue
-        entry = state[number]
-        shapes = [list(entry[key].shape) if key in entry else "nothing" for key in ("exp_avg", "exp_avg_sq")]
-        if "step" not in entry or shapes != [list(weights[name].shape)] * 2 or name.startswith("teacher."):
-            wrong.append(f"{name} of shape {list(weights[name].shape)} has moments of {shapes[0]}")
-            continue
-        moments[name] = {
-            "step": torch.as_tensor(entry["step"]).to(torch.float32),
-            "exp_avg": entry["exp_avg"].float(),
-            "exp_avg_sq": entry["exp_avg_sq"].float(),
+        entry = {
+            key: torch.as_tensor(state[number].get(key, ())) for key in ("step", "exp_avg", "exp_avg_sq")
         }
+        shapes = [list(value.shape) for value in entry.values()]
+        expected = list(weights[name].shape)
+        if shapes != [[], expected, expected] or name.startswith("teacher."):
+            wrong.append(f"{to_official(name)} of shape {expected} has a step and moments of {shapes}")
+        elif not all(_is_finite(x.float()) for x in entry.values()) or entry["step"] < 0:
+            wrong.append(f"{to_official(name)} has a step or moments that are not finite, or a step below 0")
+        moments[name] = {key: value.float() for key, value in entry.items()}
     wrong += [f"state {number} is of no tensor" for number in state if number not in ids]
     if wrong:
         raise ConfigError(
@@ -358,10 +444,12 @@ def timm(
         num_heads: Attention heads, which no tensor's shape shows (default: one for every 64 of the width).
         stats: A file of pera_fast.stats (default: 8 bit, with the mean and deviation of config.json or ImageNet's).
     """
-    weights, settings = _model_folder(Path(file))
-    fed = settings.get("pretrained_cfg", settings)
-    heads = num_heads or settings.get("model_args", {}).get("num_heads")
-    _start(weights, out, Path(file), preset, global_px, heads, stats, fed.get("mean"), fed.get("std"))
+    _check_out(out)
+    weights, settings, holder = _model_folder(Path(file))
+    with _understood(Path(file)):
+        fed = settings.get("pretrained_cfg") or settings
+        heads = (settings.get("model_args") or {}).get("num_heads") if num_heads is None else num_heads
+        _start(weights, out, holder, preset, global_px, heads, stats, fed.get("mean"), fed.get("std"))
 
 
 def hf(
@@ -382,14 +470,16 @@ def hf(
         num_heads: Attention heads (default: config.json's, or one for every 64 of the width).
         stats: A file of pera_fast.stats (default: 8 bit, mean and deviation of preprocessor_config.json or ImageNet's).
     """
-    weights, settings = _model_folder(Path(file))
-    if (act := settings.get("hidden_act", "gelu")) != "gelu":
+    _check_out(out)
+    weights, settings, holder = _model_folder(Path(file))
+    if (act := settings.get("hidden_act") or "gelu") != "gelu":
         raise ConfigError(f"file: expected a ViT with hidden_act gelu, got {act}")
-    if (eps := settings.get("layer_norm_eps", 1e-6)) != 1e-6:
-        _log.info("its norms had eps %g, ours have 1e-06: outputs differ in the sixth digit", eps)
-    mean, std = settings.get("image_mean"), settings.get("image_std")
-    heads = num_heads or settings.get("num_attention_heads")
-    _start(from_hf(weights), out, Path(file), preset, global_px, heads, stats, mean, std)
+    if (eps := settings.get("layer_norm_eps") or 1e-6) != 1e-6:
+        _log.info("its norms had eps %s, ours have 1e-06: outputs differ in the sixth digit", eps)
+    with _understood(Path(file)):
+        mean, std = settings.get("image_mean"), settings.get("image_std")
+        heads = settings.get("num_attention_heads") if num_heads is None else num_heads
+        _start(from_hf(weights), out, holder, preset, global_px, heads, stats, mean, std)
 
 
 def _start(
@@ -401,7 +491,17 @@ def _start(
     weights = {name: value.float() for name, value in weights.items() if name not in left_out}
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    base = PRESETS[preset] if preset else _like(_model_of(weights, "", ModelConfig(), num_heads))
+    own = exported(path) if path.suffix == ".safetensors" else None  # knows its bands, statistics and heads
+    base = (
+        PRESETS[preset]
+        if preset
+        else own[0]
+        if own
+        else _like(_model_of(weights, "", ModelConfig(), num_heads))
+    )
+    if own:
+        num_heads = own[0].model.num_heads if num_heads is None else num_heads
+        base = replace(base, data=own[0].data, model=replace(base.model, in_bands=own[0].model.in_bands))
     model = _model_of(weights, "", base.model, num_heads)
     if "pos_embed" not in weights:
         raise ConfigError(f"file: expected pos_embed among the tensors of {printable(path)}, got nothing")
@@ -410,7 +510,7 @@ def _start(
     config = replace(base, model=model, crops=crops)
     if crops.global_px // model.patch_px != grid:
         weights["pos_embed"] = _resize_positions(weights["pos_embed"], crops.global_px // model.patch_px)
-    statistics = _statistics(stats, model.in_bands, mean, std)
+    statistics = own[1] if own and stats is None else _statistics(stats, model.in_bands, mean, std)
     torch.manual_seed(config.run.seed)
     peer = PerA(config)
     for network in (peer.student, peer.teacher):

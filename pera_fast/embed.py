@@ -295,7 +295,8 @@ def embed_scene(
 ) -> None:
     """Write the patch tokens of a scene as a Cloud-Optimised GeoTIFF, one pixel per patch, whole or not at all.
 
-    pca: number of principal components in place of the D features. dtype: of the bands; int8 comes with a scale and an
+    pca: number of principal components in place of the D features. dtype: of the bands; float16: rounded to half
+    precision, in a float32 file that is smaller for it; int8 comes with a scale and an
     offset per band, value = scale · stored + offset. tile_px: side of a tile, a multiple of patch_px; default: of a
     training crop. overlap: share of a tile's side that the next one repeats, from 0 to below 1. tags: more metadata.
 
@@ -373,7 +374,9 @@ class _Layout:
         low, high = np.full(self.count, np.inf, np.float32), np.full(self.count, -np.inf, np.float32)
         with rasterio.open(path, "w", **self.profile("float32", math.nan)) as raster:
             for top, rows in parts:
-                if self.dtype == "float16":  # GDAL cuts off where it should round
+                if self.dtype == "float16":
+                    # Stored as float32, of which the zeros compress: with NBITS=16 GDAL 3.10 cuts off where it should
+                    # round, and fills the tiles at the edge with whatever its memory held before.
                     rows = rows.astype(np.float16).astype(np.float32)
                 low = np.fmin(low, np.fmin.reduce(rows, axis=(0, 1)))
                 high = np.fmax(high, np.fmax.reduce(rows, axis=(0, 1)))
@@ -395,7 +398,7 @@ class _Layout:
                 project.describe(raster)
         rasterio.shutil.copy(
             raw, cog, driver="COG", BLOCKSIZE=self.block, COMPRESS="DEFLATE", PREDICTOR="YES", BIGTIFF="IF_SAFER",
-            NUM_THREADS="ALL_CPUS", **({"NBITS": 16} if self.dtype == "float16" else {}),
+            NUM_THREADS="ALL_CPUS",
         )  # fmt: skip
 
     def rows(self, raster: Any) -> Iterator[tuple[Window, np.ndarray]]:
@@ -564,6 +567,8 @@ def embed_folder(
     shown to the network whole, resized to a training crop. Those that cannot be read are named in the log and left out.
     DataError when none can be, or nothing be written.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -615,7 +620,8 @@ class Args:
     pca: int | None = None
     """Principal components to write in place of all features."""
     dtype: Dtype = "float32"
-    """Of the bands; int8 has a scale and an offset per band in the file's tags."""
+    """Of the bands; float16: rounded to it, in a float32 file that is smaller for it; int8 has a scale and an offset
+    per band in the file's tags."""
     tile_px: int | None = None
     """Side of the tiles the network is shown. Default: of a training crop."""
     overlap: float = 0.25
@@ -666,17 +672,7 @@ def _check_files(args: Args, is_folder: bool) -> None:
         raise DataError(
             f"scene: expected an image or a folder of images, got {printable(args.scene)}, which is not there"
         )
-    taken = [Path(args.scene).resolve(), Path(args.checkpoint).resolve()]
-    for name, path in {"out": args.out, "quicklook": args.quicklook}.items():
-        if path is None:
-            continue
-        if Path(path).is_dir():
-            raise ConfigError(f"{name}: expected a file to write, got the folder {printable(path)}")
-        if Path(path).resolve() in taken:
-            raise ConfigError(
-                f"{name}: expected a file that nothing else is read from or written to, got {printable(path)}"
-            )
-        taken.append(Path(path).resolve())
+    _cli.check_files([args.scene, args.checkpoint], out=args.out, quicklook=args.quicklook)
     for path in (args.out, args.quicklook or "", "" if is_folder else args.scene):
         if printable(path) != path:
             raise ConfigError(f"scene, out, quicklook: expected names in UTF-8, got {printable(path)}")

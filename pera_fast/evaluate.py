@@ -372,7 +372,7 @@ def knn_command(
         confusion: Write the confusion matrix to this PNG.
         baselines: Also classify with the network the run started from, and by raw colours.
     """
-    _check_folders(out=out, confusion=confusion)
+    _cli.check_files([checkpoint], out=out, confusion=confusion)
     backbone = load_backbone(checkpoint, device)
     (train_tiles, train_bad), (val_tiles, val_bad) = _class_folders(train), _class_folders(val)
     compare = compare_with_untrained if baselines else knn
@@ -412,7 +412,7 @@ def linear_command(
         confusion: Write the confusion matrix to this PNG.
         baselines: Also classify with the network the run started from, and by raw colours.
     """
-    _check_folders(out=out, confusion=confusion)
+    _cli.check_files([checkpoint], out=out, confusion=confusion)
     backbone = load_backbone(checkpoint, device)
     (train_tiles, train_bad), (val_tiles, val_bad) = _class_folders(train), _class_folders(val)
 
@@ -462,7 +462,7 @@ def seg_command(
         confusion: Write the confusion matrix to this PNG.
         baselines: Also segment with the network the run started from, and by raw colours.
     """
-    _check_folders(out=out, confusion=confusion)
+    _cli.check_files([checkpoint], out=out, confusion=confusion)
     backbone = load_backbone(checkpoint, device)
     train, val = probes.mask_pairs(train_images, train_masks), probes.mask_pairs(val_images, val_masks)
     found = probes.classes_of(train, val, classes, ignore_index)
@@ -478,13 +478,6 @@ def seg_command(
     _write(result | about, out, confusion)
 
 
-def _check_folders(**files: str | None) -> None:
-    """ConfigError for a file to be written to a folder that is not there: before the work rather than after it."""
-    for name, file in files.items():
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise ConfigError(f"{name}: expected a file in a folder that exists, got {printable(file)}")
-
-
 def _write(result: dict[str, Any], out: str | None, confusion: str | None) -> None:
     """The JSON on stdout and to `out`, the picture to `confusion`; DataError when a file cannot be written."""
     text = json.dumps(result, indent=2, allow_nan=False)
@@ -492,7 +485,7 @@ def _write(result: dict[str, Any], out: str | None, confusion: str | None) -> No
     file = out
     try:
         if out is not None:
-            Path(out).write_text(text + "\n", encoding="utf-8")
+            Path(out).write_text(text + "\n", encoding="utf-8")  # in place: it may be a pipe
         if confusion is not None:
             file = confusion
             Path(confusion).write_bytes(probes.confusion_png(result["confusion"], result["classes"]))

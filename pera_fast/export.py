@@ -31,10 +31,15 @@ def at_size(backbone: Backbone, image_px: int) -> Backbone:
     Other programs resample positions each in its own way, so their features are ours at the table's size alone.
     ConfigError unless image_px is a multiple of patch_px that this network's crops allow.
     """
-    if image_px < 1 or image_px % backbone.patch_px:
-        raise ConfigError(f"image_px: expected a multiple of patch_px = {backbone.patch_px}, got {image_px}")
-    crops = replace(backbone.config.crops, global_px=image_px)
-    config = replace(backbone.config, crops=crops)
+    p = backbone.patch_px
+    if image_px % p or not p <= image_px <= 1024 * p:
+        raise ConfigError(
+            f"image_px: expected a multiple of patch_px = {p} up to 1024 of them, got {image_px}"
+        )
+    try:
+        config = replace(backbone.config, crops=replace(backbone.config.crops, global_px=image_px))
+    except ConfigError as error:  # patches too few to share out
+        raise ConfigError(f"image_px: expected a size that crops can have, got {image_px}: {error}") from None
     weights, grid = dict(backbone.vit.state_dict()), image_px // backbone.patch_px
     table = weights["pos_embed"]
     patches = resample_positions(table[0, 1:].float(), grid, grid)
@@ -199,7 +204,8 @@ def _eye_like(matrix: Tensor) -> Tensor:
 def save_onnx(backbone: Backbone, path: Path) -> None:
     """One graph: images [batch, C, height, width] -> cls [batch, D], patches [batch, H/p · W/p, D]; all sizes open.
 
-    images are normalised as `Backbone.preprocess` does; how, is in the model's metadata. Needs onnx and onnxscript
+    images are normalised as `Backbone.preprocess` does; how, is in the model's metadata. Of sides that are no multiples
+    of patch_px, which this package refuses, a graph leaves the rest out. Needs onnx and onnxscript
     (`pip install pera_fast[onnx]`), else ConfigError.
     """
     try:
@@ -263,20 +269,17 @@ class Args:
 
 def export(args: Args) -> None:
     """Run the command. ConfigError and DataError for what the user can put right."""
-    backbone = load_backbone(args.checkpoint)
-    if args.image_px is not None:
-        backbone = at_size(backbone, args.image_px)
-    out = Path(args.out)
-    is_folder = args.format in ("timm", "hf")
-    if is_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, is_folder = Path(args.out), args.format in ("timm", "hf")
+    if not is_folder:
+        _cli.check_files([args.checkpoint], out=args.out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"out: expected a new or empty folder for {args.format}, got {printable(out)} with files"
         )
-    if not is_folder and out.is_dir():
-        raise ConfigError(f"out: expected a file for {args.format}, got the folder {printable(out)}")
+    backbone = load_backbone(args.checkpoint)
+    if args.image_px is not None:
+        backbone = at_size(backbone, args.image_px)
     write = {"safetensors": save_backbone, "timm": save_timm, "hf": save_hf, "onnx": save_onnx}[args.format]
-    if not out.parent.is_dir():
-        raise ConfigError(f"out: expected a path in an existing folder, got {printable(out)}")
     try:
         write(backbone, out)
     except BaseException:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,11 +51,18 @@ class Features(NamedTuple):
     bad: list[tuple[str, str]]  # (path, reason) of each tile that could not be read
 
 
-def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device called `name`; auto takes a GPU if there is one. ConfigError for cuda without a GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
+def choose_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.
+
+    ConfigError for another name, or for cuda without a GPU.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device: expected a machine with a CUDA GPU, got none that this torch can use")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def to_unit(pixels: np.ndarray, dtype: str, statistics: Statistics) -> Tensor:

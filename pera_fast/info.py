@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import pera_fast.ops  # noqa: F401  (registers the ops)
+from pera_fast import _cli
 from pera_fast.ops import _dispatch, _library
 from pera_fast.optim import apex
 
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _cli.run(main)

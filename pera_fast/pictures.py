@@ -118,7 +118,8 @@ def choose_crop(config: Config, statistics: Statistics, scenes: Sequence[Scene])
     """A sample of the first step, one of its global crops, and that crop's index in the whole batch."""
     dataset = WindowDataset(SceneIndex(scenes, []), statistics, config)
     num_global, crops_per_image = config.crops.num_global, config.crops.num_global + config.crops.num_local
-    for position in range(min(config.run.images, 8)):
+    batch = config.run.batch_size
+    for position in range(8 if batch == "auto" else min(batch, 8)):  # auto: a run that has not begun
         sample = dataset[position]
         for crop in range(num_global):
             student, teacher = sample.crops["global"]["order"][crop][:, 0] >= 0

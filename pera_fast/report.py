@@ -296,10 +296,12 @@ def _knn_rows(path: Path, config: Config) -> Iterator[tuple[str, str]]:
         counts = f"{result['val']} images, {len(result['classes'])} classes, k = {result['k']}"
     except (OSError, ValueError, KeyError, TypeError):
         return
+    if not _is_number(after):
+        return
     is_demo = config.data.data is None and config.run.eval_train is None
     question = "which scene does a tile come from" if is_demo else "which class is an image of"
     text = f"{100 * after:.1f} %"
-    if before is not None:
+    if _is_number(before):
         text = f"{100 * before:.1f} % before training, {text} after ({100 * (after - before):+.1f} points)"
     yield "k-NN accuracy", f"{text}; {question}, judged by the nearest features ({counts})"
 

@@ -73,7 +73,7 @@ def test_a_command_is_its_module() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("trian",), "command: expected one of .*; did you mean train\\?"),
+        (("trian",), "command: expected one of .*, got 'trian'; did you mean train\\?"),
         (("train", "--lr", "banana"), "--lr: could not convert string to float: 'banana'"),
         (("train", "--lrr", "3"), "unrecognized options: --lrr, 3; did you mean --lr\\?"),
         (("train", "--betas", "1"), "missing value for argument '--betas'. Expected 2 values"),
@@ -117,3 +117,37 @@ def test_nothing_needs_a_terminal() -> None:
         env={**os.environ, "LC_ALL": "C", "COLUMNS": "20", "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert run.stderr.startswith(b"error: --lr: could not convert string to float")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("info", "--json")])
+def test_a_reader_may_stop_reading(arguments: tuple[str, ...]) -> None:
+    """As `… | head` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pera_fast", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_help_needs_no_unicode() -> None:
+    shown = run_module("pera_fast", "train", "--help", PYTHONIOENCODING="ascii")
+    assert shown.returncode == 0 and "--embed-dim" in shown.stdout
+
+
+def test_files_that_are_written(tmp_path: Path) -> None:
+    read = [str(tmp_path / "in"), str(tmp_path)]
+    _cli.check_files(read, out=str(tmp_path / "a"), other=str(tmp_path / "b"), third=None)
+    for file, sentence in (
+        (tmp_path, "out: expected a file to write, got the folder"),
+        (tmp_path / "no/a", "out: expected a file in a folder that exists"),
+        (tmp_path / "no/../in", "out: expected a file that nothing else is read from"),
+        (tmp_path / ("x" * 300), "out: expected a file that can be written"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            _cli.check_files(read, out=str(file))
+    with pytest.raises(
+        ConfigError, match="other: expected a file that nothing else is read from or written to"
+    ):
+        _cli.check_files(read, out=str(tmp_path / "a"), other=str(tmp_path / "a"))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_module, shared_file, tiny_config
@@ -17,7 +18,11 @@ from torch import Tensor
 
 import pera_fast
 from pera_fast import checkpoint, convert
-from pera_fast.config import ConfigError, load_yaml
+from pera_fast.backbone import Backbone, save_backbone
+from pera_fast.config import ConfigError, DataConfig, load_yaml
+from pera_fast.data.sources import DataError
+from pera_fast.data.statistics import Statistics
+from pera_fast.export import Args, export
 from pera_fast.model.names import from_hf, from_official, to_hf
 from pera_fast.model.pera import PerA
 from pera_fast.model.vit import VisionTransformer
@@ -161,7 +166,43 @@ DAMAGES = {
     ),
     "moments of another shape": (
         lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(2)),
-        r"mask_token of shape \[1, 1, 32\] has moments of \[2\]",
+        r"s_mask_token of shape \[1, 1, 32\] has a step and moments of \[\[\], \[2\], \[1, 1, 32\]\]",
+    ),
+    "no moment": (
+        lambda s: s["optimizer"]["state"][0].pop("exp_avg"),
+        "s_mask_token of shape .* has a step and",
+    ),
+    "step of a shape": (
+        lambda s: s["optimizer"]["state"][0].update(step=torch.zeros(5)),
+        "has a step and moments",
+    ),
+    "step below 0": (lambda s: s["optimizer"]["state"][0].update(step=-1.0), "or a step below 0"),
+    "step of text": (lambda s: s["optimizer"]["state"][0].update(step="x"), "a network that can be read"),
+    "moment not finite": (
+        lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(float("nan")),
+        "s_mask_token has a step or moments that are not finite",
+    ),
+    "weight not finite": (
+        lambda s: s["model"]["s_mask_token"].fill_(float("inf")),
+        "s_mask_token has numbers that are not finite",
+    ),
+    "state of nothing": (lambda s: s["optimizer"].update(state=None), "a network that can be read"),
+    "optimizer of a tensor": (lambda s: s.update(optimizer=torch.zeros(3)), "expected one group of AdamW"),
+    "no parameters": (
+        lambda s: s["optimizer"]["param_groups"][0].pop("params"),
+        "a network that can be read",
+    ),
+    "prototypes of one axis": (
+        lambda s: s["model"].update({"student.cls_head.last_layer.weight_v": torch.zeros(3)}),
+        "a network that can be read",
+    ),
+    "names that are numbers": (
+        lambda s: s.update(model={1: torch.zeros(3)}),
+        "expected tensors by their names",
+    ),
+    "escape codes": (
+        lambda s: s["model"].update({"\x1b[31mred": torch.zeros(1)}),
+        r"\?\[31mred is not one of this network",
     ),
     "moments of nothing": (lambda s: s["optimizer"]["state"].update({999: {}}), "state 999 is of no tensor"),
     "fewer parameters": (
@@ -178,8 +219,9 @@ DAMAGES = {
 def test_what_does_not_fit_is_listed(damage: str, tmp_path: Path) -> None:
     change, sentence = DAMAGES[damage]
     official_file(tmp_path / "pera.params", change)
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
         convert.official(str(tmp_path / "pera.params"), str(tmp_path / "run"), num_heads=2)
+    assert str(caught.value).isprintable()
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
@@ -216,12 +258,49 @@ def test_a_program_in_a_file_is_not_run(command: str, tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut", b"\x80\x02cut"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"version https://git-lfs", b"PK\x03\x04 cut", b"\x80\x02cut"]
+)
 @pytest.mark.parametrize("name", ["f.params", "f.safetensors"])
 def test_what_is_no_checkpoint_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match="file: "):
         convert.official(str(tmp_path / name), str(tmp_path / "run"))
+
+
+def test_what_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second try finds the folder as the first did."""
+    official_file(tmp_path / "pera.params")
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pera_fast.convert.save_yaml", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert.official(str(tmp_path / "pera.params"), str(tmp_path / "run"), num_heads=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["pera.params"]
+    (tmp_path / "run").mkdir()
+    convert.official(str(tmp_path / "pera.params"), str(tmp_path / "run"), num_heads=2)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"images_seen": -5}, "images_seen: expected a whole number of at least 0, got -5"),
+        ({"global_px": 0}, "global_px: expected a multiple of patch_px = 8"),
+        ({"global_px": 41}, "global_px: expected a multiple of patch_px = 8"),
+        ({"num_heads": 0}, "num_heads: expected"),
+        ({"num_heads": 5}, "num_heads: expected a divisor"),
+        ({"stats": "/nowhere"}, "stats: cannot read /nowhere"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    official_file(tmp_path / "pera.params")
+    with pytest.raises(ConfigError, match=sentence):
+        convert.official(str(tmp_path / "pera.params"), str(tmp_path / "run"), **{"num_heads": 2, **options})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_files_is_not_written_into(tmp_path: Path) -> None:
@@ -267,6 +346,69 @@ def test_a_timm_vit_starts_a_run(tmp_path: Path) -> None:
     assert opened.statistics.mean == (0.5, 0.5, 0.5) and opened.statistics.std == (0.25,) * 3
     assert opened.config.model.num_prototypes == 1024
     assert load_yaml(tmp_path / "run/config.yaml") == opened.config
+
+
+@pytest.mark.parametrize("format", ["file", "timm"])
+def test_what_was_exported_starts_a_run_as_it_was(format: str, tmp_path: Path) -> None:
+    """Heads, bands, the scale of 16 bits: all from the file."""
+    config = replace(SHOWN, model=replace(SHOWN.model, in_bands=5), data=DataConfig(bands=(5, 4, 3, 2, 1)))
+    statistics = Statistics(
+        {"uint8": (0.0,) * 5, "uint16": (7.0,) * 5}, {"uint8": (255.0,) * 5, "uint16": (900.0,) * 5}, (0.4,) * 5,
+        (0.1,) * 5, 3, 9,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    before = Backbone(VisionTransformer(config.model, config.crops.global_px), config, statistics, 3)
+    save_backbone(before, tmp_path / "b.safetensors")
+    if format == "timm":
+        export(Args(str(tmp_path / "b.safetensors"), str(tmp_path / "timm"), "timm"))
+    convert.timm(str(tmp_path / ("timm" if format == "timm" else "b.safetensors")), str(tmp_path / "run"))
+    after = pera_fast.load_backbone(tmp_path / "run")
+    assert after.config.model == config.model and after.bands == (5, 4, 3, 2, 1)
+    assert after.statistics == statistics
+    pixels = np.random.default_rng(0).integers(0, 900, (2, 5, 40, 40)).astype(np.uint16)
+    for a, b in zip(after(after.preprocess(pixels)), before(before.preprocess(pixels)), strict=True):
+        assert torch.equal(a, b)
+    assert run_module("pera_fast.report", tmp_path / "run").returncode == 0, "before its first step"
+
+
+@pytest.mark.parametrize("hidden", [119, 120, 121, 345])
+def test_any_width_of_the_mlp_is_kept(hidden: int, tmp_path: Path) -> None:
+    """Which a ratio has to give to the unit."""
+    weights = dict(vit().state_dict())
+    for i in range(SHOWN.model.depth):
+        weights[f"blocks.{i}.mlp.fc1.weight"], weights[f"blocks.{i}.mlp.fc1.bias"] = (
+            torch.zeros(hidden, 32),
+            torch.zeros(hidden),
+        )
+        weights[f"blocks.{i}.mlp.fc2.weight"] = torch.zeros(32, hidden)
+    save_file(weights, tmp_path / "model.safetensors")
+    convert.timm(str(tmp_path / "model.safetensors"), str(tmp_path / "run"), preset="demo", num_heads=2)
+    assert checkpoint.Checkpoint.open(tmp_path / "run").teacher().blocks[0].mlp.fc1.out_features == hidden
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"mean": [0.5] * 3, "std": [0.2, 0.2, 0]}, "std: expected numbers above 0"),
+        ({"mean": ["a", 1, 2], "std": [0.2] * 3}, "mean: expected a list of 3 numbers"),
+        ({"mean": [0.5] * 2, "std": [0.2] * 3}, "a mean and a std of 3 bands, got 2 and 3"),
+        ({"mean": 0.5, "std": 0.2}, "a network that can be read"),
+        ({"model_args": "x"}, "a network that can be read"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    save_file(vit().state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises((ConfigError, DataError), match=sentence):
+        convert.timm(
+            str(folder),
+            str(tmp_path / "run"),
+            preset="demo",
+            **({} if "model_args" in settings else {"num_heads": 2}),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_transformers_vit_starts_a_run(tmp_path: Path) -> None:

@@ -106,7 +106,10 @@ def test_preprocess_says_what_is_wrong(pixels: np.ndarray, error: type[Exception
         made().preprocess(pixels)
 
 
-@pytest.mark.parametrize("damage", ["cut", "no metadata", "missing tensor", "wrong shape", "not there"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "no metadata", "missing tensor", "wrong shape", "not there", "a block less", "width", "no json"],
+)
 def test_a_damaged_file_is_refused(file: Path, damage: str) -> None:
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
@@ -120,6 +123,12 @@ def test_a_damaged_file_is_refused(file: Path, damage: str) -> None:
             del weights["norm.bias"]
         elif damage == "wrong shape":
             weights["norm.bias"] = torch.zeros(3)
+        elif damage == "no json":
+            metadata["config"] = "[" * 100_000
+        elif damage in ("a block less", "width"):
+            config = json.loads(metadata["config"])
+            config["model"] |= {"depth": 10**6} if damage == "a block less" else {"embed_dim": 2 * 10**9}
+            metadata["config"] = json.dumps(config)
         save_file(weights, file, None if damage == "no metadata" else metadata)
     with pytest.raises(ConfigError, match="^checkpoint: "):
         pera_fast.load_backbone(file)
@@ -132,8 +141,26 @@ def test_at_another_size_the_network_is_the_same() -> None:
     assert resized.vit.pos_embed.shape[1] == 65 and resized.config.crops.global_px == 64
     for a, b in zip(resized(images), backbone(images), strict=True):
         near(a, b)
-    with pytest.raises(ConfigError, match="image_px: expected a multiple of patch_px = 8, got 60"):
-        at_size(backbone, 60)
+    for px, sentence in ((60, "a multiple of patch_px = 8"), (0, "a multiple"), (8, "a size that crops can have"),
+                         (80_000_000, "up to 1024 of them")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"image_px: expected .*{sentence}"):
+            at_size(backbone, px)
+
+
+def test_half_precision_is_read_as_single(file: Path) -> None:
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: x.half() for name, x in load_file(file).items()}, file, metadata)
+    cls, _ = pera_fast.load_backbone(file)(torch.zeros(1, 3, 40, 40))
+    assert cls.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda1", "gpu", "cuda:0"])
+def test_a_device_that_is_not_there_is_refused(file: Path, device: str) -> None:
+    if device == "cuda:0" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(ConfigError, match="device: expected"):
+        pera_fast.load_backbone(file, device)
 
 
 # --- other programs ---
@@ -250,8 +277,10 @@ def test_onnxruntime_computes_the_same_at_any_size(tmp_path: Path) -> None:
     ("out", "format", "sentence"),
     [
         ("full", "timm", "out: expected a new or empty folder for timm"),
-        ("full", "safetensors", "out: expected a file for safetensors"),
-        ("no/where.safetensors", "safetensors", "out: expected a path in an existing folder"),
+        ("full", "safetensors", "out: expected a file to write, got the folder"),
+        ("no/where.safetensors", "safetensors", "out: expected a file in a folder that exists"),
+        ("backbone.safetensors", "onnx", "out: expected a file that nothing else is read from"),
+        ("x" * 300, "safetensors", "out: expected a file that can be written"),
     ],
 )
 def test_out_is_checked_first(file: Path, tmp_path: Path, out: str, format: Any, sentence: str) -> None:

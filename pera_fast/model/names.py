@@ -46,19 +46,29 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
+_OFFICIAL = (  # theirs, ours
+    ("s_mask_token", "mask_token"),
+    ("pred_head.mlp0.mlp", "pixel_head.mlp"),
+    ("pred_head", "pixel_head"),
+)
+
+
 def from_official(name: str) -> str:
     """The name of a tensor in the PerA authors' checkpoints -> ours."""
-    renames = (
-        ("s_mask_token", "mask_token"),
-        ("pred_head.mlp0.mlp", "pixel_head.mlp"),
-        ("pred_head", "pixel_head"),
-    )
-    for old, new in renames:
+    for old, new in _OFFICIAL:
         if name.startswith(old):
             name = new + name.removeprefix(old)
             break
     # A head of one layer is a bare linear layer there and a sequence of one here.
     return re.sub(r"head\.mlp\.(weight|bias)$", r"head.mlp.0.\1", name)
+
+
+def to_official(name: str) -> str:
+    """Inverse of `from_official`, for heads of more than one layer."""
+    for old, new in _OFFICIAL:
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
 
 
 def to_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,6 +96,6 @@ def from_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[_renamed(name, _FROM_HF)] = value
     for name, parts in apart.items():
-        if parts.keys() == set("qkv"):
+        if parts.keys() == set("qkv") and len({x.shape for x in parts.values()}) == 1:  # else it is missing
             found[name] = torch.cat([parts[p] for p in "qkv"])
     return found

@@ -225,17 +225,7 @@ def _is_finite(x: Tensor) -> bool:
 def _statistics(path: str | None, in_bands: int, mean: Any = None, std: Any = None) -> Statistics:
     """Of a --stats file; else 8 bit over 255 and the mean and deviation given, or ImageNet's for three bands."""
     if path is not None:
-        try:
-            found = Statistics.from_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"stats: cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"stats: expected a JSON file of pera_fast.stats, got {path}") from None
-        if len(found.mean) != in_bands:
-            raise ConfigError(
-                f"stats: expected statistics of {in_bands} bands, got {len(found.mean)} in {path}"
-            )
-        return found
+        return Statistics.read(path, in_bands)
     if mean is None and std is None and in_bands == 3:
         mean, std = IMAGENET
         _log.info("mean and deviation of the bands are taken to be ImageNet's; --stats gives others")

@@ -256,27 +256,13 @@ class Run:
         """Of the --stats file, or of a sample of the data, computed on rank 0."""
         data = self.config.data
         if data.stats:
-            return self._statistics_from(data.stats)
+            return Statistics.read(data.stats, self.config.model.in_bands)
         computed = None
         if self.world.is_first:
             computed = compute_statistics(
                 self.index.scenes, bands=data.bands, in_bands=self.config.model.in_bands, nodata=data.nodata
             )
         return self.world.share(computed)
-
-    def _statistics_from(self, path: str) -> Statistics:
-        try:
-            statistics = Statistics.from_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"stats: cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"stats: expected a JSON file of pera_fast.stats, got {path}") from None
-        bands, in_bands = len(statistics.mean), self.config.model.in_bands
-        if bands != in_bands:
-            raise ConfigError(
-                f"stats: expected statistics of in_bands = {in_bands} bands, got {bands} in {path}"
-            )
-        return statistics
 
     def _count_bad(self, batches: Sequence[Batch]) -> None:
         for one in batches:

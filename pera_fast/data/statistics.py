@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pera_fast.config import ConfigError
 from pera_fast.data.index import dtype_codes
 from pera_fast.data.sources import DataError, Scene, UnreadableImage, printable, read_windows
 
@@ -52,6 +55,22 @@ class Statistics:
     def to_json(self) -> str:
         """Indented JSON text; floats survive the round trip exactly."""
         return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], in_bands: int) -> Statistics:
+        """Of a file of `pera_fast.stats`. ConfigError when it cannot be read, DataError as `from_json`."""
+        where = printable(path)
+        try:
+            found = cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"stats: cannot read {where}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"stats: expected a JSON file of pera_fast.stats, got {where}") from None
+        if len(found.mean) != in_bands:
+            raise ConfigError(
+                f"stats: expected statistics of in_bands = {in_bands} bands, got {len(found.mean)} in {where}"
+            )
+        return found
 
     @classmethod
     def from_json(cls, text: str) -> Statistics:

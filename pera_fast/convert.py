@@ -318,6 +318,8 @@ def official(
     theirs = _only_tensors(found["model"] if is_wrapped else found, path)
     weights = {from_official(name): value.float() for name, value in theirs.items()}
     saved = found.get("optimizer") if is_wrapped else None
+    if saved == {}:
+        saved = None
     with _understood(path):
         config = _official_config(weights, global_px, num_heads)
         if saved is not None:
@@ -388,14 +390,20 @@ def _official_optim(saved: Any, base: OptimConfig, path: Path) -> OptimConfig:
 
 
 def _official_moments(saved: Any, weights: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """State by parameter: theirs counts the model's tensors in order, the teacher's, which have none, among them."""
-    ids, state = saved["param_groups"][0]["params"], saved.get("state", {})
-    if len(ids) != len(weights):
+    """State by parameter.
+
+    Theirs counts the model's tensors in order, the teacher's, which have no state, among them; or the trained alone.
+    """
+    ids, state = saved["param_groups"][0]["params"], saved["state"]
+    trained = [name for name in weights if not name.startswith("teacher.")]
+    names = list(weights) if len(ids) == len(weights) else trained
+    if len(ids) != len(names):
         raise ConfigError(
-            f"file: expected an optimizer of the model's {len(weights)} tensors in {printable(path)}, got {len(ids)}"
+            f"file: expected an optimizer of the model's {len(weights)} tensors, or of the {len(trained)} trained "
+            f"ones, in {printable(path)}, got {len(ids)}"
         )
     moments, wrong = {}, []
-    for name, number in zip(weights, ids, strict=True):
+    for name, number in zip(names, ids, strict=True):
         if number not in state:
             continue
         entry = {

@@ -88,6 +88,28 @@ def test_official_checkpoint_is_read_whole(tmp_path: Path) -> None:
     assert opened.statistics.mean == (0.485, 0.456, 0.406)
 
 
+def test_an_optimizer_of_the_trained_tensors_alone(tmp_path: Path) -> None:
+    """Numbered from 0 on without the teacher's."""
+
+    def renumber(saved: dict[str, Any]) -> None:
+        optimizer = saved["optimizer"]
+        trained = [i for i, name in enumerate(saved["model"]) if not name.startswith("teacher.")]
+        optimizer["state"] = {new: optimizer["state"][old] for new, old in enumerate(trained)}
+        optimizer["param_groups"][0]["params"] = list(range(len(trained)))
+
+    for name, change in (("all", None), ("trained", renumber)):
+        official_file(tmp_path / f"{name}.params", change)
+        convert.official(str(tmp_path / f"{name}.params"), str(tmp_path / name), num_heads=2)
+    a, b = (load_file(checkpoint.newest(tmp_path / n) / "optimizer.safetensors") for n in ("all", "trained"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_empty_optimizer_begins_anew(tmp_path: Path) -> None:
+    official_file(tmp_path / "pera.params", lambda saved: saved.update(optimizer={}))
+    convert.official(str(tmp_path / "pera.params"), str(tmp_path / "run"), num_heads=2)
+    assert not load_file(checkpoint.newest(tmp_path / "run") / "optimizer.safetensors")
+
+
 @pytest.mark.parametrize("name", ["train_step.pt", "train_step_drop_path.pt"])
 def test_recorded_steps_go_on_from_a_converted_checkpoint(name: str, tmp_path: Path) -> None:
     """The authors' state, through a file of theirs, convert and our checkpoint: the steps they recorded after it."""
@@ -207,7 +229,7 @@ DAMAGES = {
     "moments of nothing": (lambda s: s["optimizer"]["state"].update({999: {}}), "state 999 is of no tensor"),
     "fewer parameters": (
         lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
-        "expected an optimizer of the model's [0-9]+ tensors",
+        "expected an optimizer of the model's [0-9]+ tensors, or of the [0-9]+ trained ones",
     ),
     "other optimizer": (lambda s: s.update(optimizer={"x": 1}), "expected one group of AdamW"),
     "no vit": (lambda s: s.update(model={"a": torch.zeros(3)}), "expected a vision transformer's tensors"),

@@ -334,7 +334,7 @@ def _plot(steps: list[float], values: list[float], curve: Curve) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if curve.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(*values, 1e-12))  # a level line would lie on the upper edge
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     buffer = BytesIO()

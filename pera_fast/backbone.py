@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pera_fast
-from pera_fast.checkpoint import Checkpoint, save_tensors
+from pera_fast.checkpoint import Checkpoint, save_tensors, whole
 from pera_fast.config import Config, ConfigError, DataConfig, RunConfig, from_dict, to_dict
-from pera_fast.data.sources import DataError, printable
 from pera_fast.data.statistics import Statistics
 from pera_fast.features import choose_device, normalise, to_unit
 from pera_fast.model.vit import VisionTransformer
@@ -46,6 +45,10 @@ class Backbone(nn.Module):
         return self.config.model.embed_dim
 
     @property
+    def device(self) -> torch.device:
+        return self.vit.cls_token.device
+
+    @property
     def bands(self) -> tuple[int, ...]:
         """The numbers, from 1, of the bands it reads, in its order."""
         return self.config.data.bands or tuple(range(1, self.config.model.in_bands + 1))
@@ -70,7 +73,7 @@ class Backbone(nn.Module):
 
         Moves the images to the network's device. Height and width: multiples of patch_px, else ValueError.
         """
-        return self.vit(images.to(self.vit.cls_token.device))
+        return self.vit(images.to(self.device))
 
 
 def load_backbone(path: str | Path, device: str = "cpu") -> Backbone:
@@ -92,14 +95,8 @@ def save_backbone(backbone: Backbone, path: str | Path) -> None:
 
 def write_tensors(weights: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all. DataError when it cannot be written."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
+    with whole(path) as partial:
         save_tensors(weights, partial, metadata)
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(f"cannot write {printable(target)}: {error}") from None
 
 
 def metadata_of(backbone: Backbone) -> dict[str, str]:

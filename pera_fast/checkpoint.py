@@ -19,7 +19,8 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,29 @@ class WriteError(RuntimeError):
     """A checkpoint could not be written; those before it are as they were. Its text is one sentence for the user."""
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a run's own text file whole or not at all; what was there stays until then. DataError when it cannot be."""
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`; until then, and if it fails, what was there stays.
+
+    DataError when it cannot be written.
+    """
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot write {printable(target)}: {reason}") from None
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise DataError(f"cannot write {printable(target)}: {error.strerror}") from None
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a run's own text file whole or not at all. DataError when it cannot be."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_tensors(

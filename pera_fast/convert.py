@@ -32,7 +32,7 @@ from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.model.names import from_hf, from_official, to_official
 from pera_fast.model.pera import PerA
-from pera_fast.model.vit import resample_positions
+from pera_fast.model.vit import resample_table
 from pera_fast.optim import TeacherOptimizer, make
 
 _log = logging.getLogger("pera_fast")
@@ -136,9 +136,9 @@ def _model_of(
     try:
         dim, in_bands, patch_px, _ = weights[f"{prefix}patch_embed.proj.weight"].shape
         hidden = len(weights[f"{prefix}blocks.0.mlp.fc1.weight"])
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise ConfigError(
-            f"file: expected a vision transformer's tensors, got none like {prefix}{error}"
+            f"file: expected a vision transformer's tensors, got none called {error.args[0]}"
         ) from None
     depth = 1 + max(
         int(m[1]) for name in weights if (m := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name))
@@ -170,12 +170,6 @@ def _grid_of(table: Tensor) -> int:
             f"file: expected a position table of a CLS token and a square of patches, got shape {list(table.shape)}"
         )
     return grid
-
-
-def _resize_positions(table: Tensor, grid: int) -> Tensor:
-    """A table [1, 1 + L, D] at another grid."""
-    patches = resample_positions(table[0, 1:].float(), grid, grid)
-    return torch.cat((table[:, :1], patches[None].to(table.dtype)), dim=1)
 
 
 def _like(model: ModelConfig) -> Config:
@@ -345,7 +339,7 @@ def _official_model(weights: Mapping[str, Tensor], config: Config, path: Path) -
     given = dict(weights)
     for name in [name for name in weights if name.endswith("pos_embed")]:
         if _grid_of(weights[name]) != grid:
-            given[name] = _resize_positions(weights[name], grid)
+            given[name] = resample_table(weights[name], grid)
     with torch.device("meta"):
         model = PerA(config)
     _check_fit(
@@ -490,24 +484,18 @@ def _start(
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     own = exported(path) if path.suffix == ".safetensors" else None  # knows its bands, statistics and heads
-    base = (
-        PRESETS[preset]
-        if preset
-        else own[0]
-        if own
-        else _like(_model_of(weights, "", ModelConfig(), num_heads))
-    )
-    if own:
-        num_heads = own[0].model.num_heads if num_heads is None else num_heads
-        base = replace(base, data=own[0].data, model=replace(base.model, in_bands=own[0].model.in_bands))
-    model = _model_of(weights, "", base.model, num_heads)
+    given = PRESETS[preset] if preset else own[0] if own else None
+    if own and num_heads is None:
+        num_heads = own[0].model.num_heads
+    model = _model_of(weights, "", given.model if given else ModelConfig(), num_heads)
+    base = given or _like(model)
     if "pos_embed" not in weights:
         raise ConfigError(f"file: expected pos_embed among the tensors of {printable(path)}, got nothing")
     grid = _grid_of(weights["pos_embed"])
     crops = _crops_of(base.crops, grid, model.patch_px, global_px)
-    config = replace(base, model=model, crops=crops)
+    config = replace(base, model=model, crops=crops, data=own[0].data if own else base.data)
     if crops.global_px // model.patch_px != grid:
-        weights["pos_embed"] = _resize_positions(weights["pos_embed"], crops.global_px // model.patch_px)
+        weights["pos_embed"] = resample_table(weights["pos_embed"], crops.global_px // model.patch_px)
     statistics = own[1] if own and stats is None else _statistics(stats, model.in_bands, mean, std)
     torch.manual_seed(config.run.seed)
     peer = PerA(config)

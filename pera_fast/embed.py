@@ -167,7 +167,7 @@ def _tile_tokens(
     backbone: Backbone, scene: Scene, windows: list[tuple[int, int, int, int]], batch_size: int
 ) -> Generator[np.ndarray, None, None]:
     """Patch tokens float32 [height, width, D] of every window, NaN where a patch lacks data."""
-    device = backbone.vit.cls_token.device
+    device = backbone.device
     with closing(_ahead(_batches(backbone, scene, windows, batch_size))) as batches:
         for images, valid in batches:
             tokens = np.full((*valid.shape, backbone.dim), np.nan, np.float32)
@@ -296,9 +296,9 @@ def embed_scene(
     """Write the patch tokens of a scene as a Cloud-Optimised GeoTIFF, one pixel per patch, whole or not at all.
 
     pca: number of principal components in place of the D features. dtype: of the bands; float16: rounded to half
-    precision, in a float32 file that is smaller for it; int8 comes with a scale and an
-    offset per band, value = scale · stored + offset. tile_px: side of a tile, a multiple of patch_px; default: of a
-    training crop. overlap: share of a tile's side that the next one repeats, from 0 to below 1. tags: more metadata.
+    precision, in a float32 file that is smaller for it; int8 comes with a scale and an offset per band, value =
+    scale · stored + offset. tile_px: side of a tile, a multiple of patch_px; default: of a training crop. overlap:
+    share of a tile's side that the next one repeats, from 0 to below 1. tags: more metadata.
 
     CRS and transform are the scene's, a pixel of the map being patch_px pixels of the scene; ground control points are
     carried over, RPCs are not. A patch that lacks more than the config's max_nodata_share of its pixels is nodata: NaN,
@@ -567,8 +567,7 @@ def embed_folder(
     shown to the network whole, resized to a training crop. Those that cannot be read are named in the log and left out.
     DataError when none can be, or nothing be written.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+    _check_batch_size(batch_size)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -585,7 +584,7 @@ def embed_folder(
     ):
         for start in range(0, len(scenes), _ROW_GROUP):
             group = [Tile.whole(s, printable(s.path)) for s in scenes[start : start + _ROW_GROUP]]
-            device = backbone.vit.cls_token.device
+            device = backbone.device
             found = extract(backbone.vit, group, backbone.config, backbone.statistics, device, batch_size)
             for path, reason in found.bad:
                 _log.warning("skipped %s: %s", printable(path), reason)
@@ -698,6 +697,10 @@ def _check_settings(
         raise ConfigError(f"tile_px: expected a multiple of patch_px = {backbone.patch_px}, got {tile_px}")
     if not 0 <= overlap < 1:
         raise ConfigError(f"overlap: expected a share from 0 to below 1, got {overlap:g}")
+    _check_batch_size(batch_size)
+
+
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
 

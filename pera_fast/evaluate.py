@@ -31,7 +31,7 @@ from pera_fast.data.sources import (
     read_windows,
 )
 from pera_fast.data.statistics import Statistics
-from pera_fast.features import Features, Tile, choose_device, extract
+from pera_fast.features import Features, Tile, extract
 from pera_fast.model.vit import VisionTransformer
 
 _log = logging.getLogger("pera_fast")
@@ -377,7 +377,7 @@ def knn_command(
     (train_tiles, train_bad), (val_tiles, val_bad) = _class_folders(train), _class_folders(val)
     compare = compare_with_untrained if baselines else knn
     result = compare(
-        backbone.vit, backbone.config, backbone.statistics, train_tiles, val_tiles, k, choose_device(device),
+        backbone.vit, backbone.config, backbone.statistics, train_tiles, val_tiles, k, backbone.device,
         progress=True,
     )  # fmt: skip
     result["skipped"] += train_bad + val_bad
@@ -419,7 +419,7 @@ def linear_command(
     def measure(network: nn.Module) -> dict[str, Any]:
         return linear(
             network, backbone.config, backbone.statistics, train_tiles, val_tiles, features, shots, seeds,
-            choose_device(device), progress=True,
+            backbone.device, progress=True,
         )  # fmt: skip
 
     result = _compare(measure, backbone, baselines, "top1")
@@ -467,7 +467,7 @@ def seg_command(
     train, val = probes.mask_pairs(train_images, train_masks), probes.mask_pairs(val_images, val_masks)
     found = probes.classes_of(train, val, classes, ignore_index)
     task = probes.Segmentation(
-        train, val, found, backbone.config, backbone.statistics, choose_device(device), seeds, max_patches,
+        train, val, found, backbone.config, backbone.statistics, backbone.device, seeds, max_patches,
         progress=True,
     )  # fmt: skip
     result = _compare(lambda network: probes.segment(network, task), backbone, baselines, "miou")

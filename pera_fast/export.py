@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from pera_fast import _cli
 from pera_fast.backbone import Backbone, load_backbone, metadata_of, save_backbone, write_tensors
+from pera_fast.checkpoint import whole
 from pera_fast.config import ConfigError
 from pera_fast.data.sources import DataError, printable
 from pera_fast.model.names import to_hf
-from pera_fast.model.vit import VisionTransformer, resample_positions
+from pera_fast.model.vit import VisionTransformer, resample_table
 
 _OPSET = 18
 
@@ -40,10 +41,8 @@ def at_size(backbone: Backbone, image_px: int) -> Backbone:
         config = replace(backbone.config, crops=replace(backbone.config.crops, global_px=image_px))
     except ConfigError as error:  # patches too few to share out
         raise ConfigError(f"image_px: expected a size that crops can have, got {image_px}: {error}") from None
-    weights, grid = dict(backbone.vit.state_dict()), image_px // backbone.patch_px
-    table = weights["pos_embed"]
-    patches = resample_positions(table[0, 1:].float(), grid, grid)
-    weights["pos_embed"] = torch.cat((table[:, :1], patches[None]), dim=1)
+    weights = dict(backbone.vit.state_dict())
+    weights["pos_embed"] = resample_table(weights["pos_embed"], image_px // p)
     vit = VisionTransformer(config.model, image_px)
     vit.load_state_dict(weights)
     return Backbone(vit, config, backbone.statistics, backbone.step)
@@ -226,26 +225,21 @@ def save_onnx(backbone: Backbone, path: Path) -> None:
         }
     }
     example = torch.zeros(2, channels, side, side + p)  # unlike sides, so that neither is taken for the other
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the exporter about itself
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            program = torch.onnx.export(
-                plain, (example,), dynamo=True, input_names=["images"], output_names=["cls", "patches"],
-                dynamic_shapes=shapes, opset_version=_OPSET, verbose=False,
-            )  # fmt: skip
-        assert program is not None
-        model = program.model_proto
-        for name, value in metadata_of(backbone).items():
-            model.metadata_props.add(key=name, value=value)
-        is_large = sum(x.numel() for x in plain.parameters()) * 4 > 2**31 - 2**20  # protobuf's limit
-        data = f"{path.name}.data"
-        onnx.save(model, str(partial), save_as_external_data=is_large, location=data if is_large else None)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(f"cannot write {printable(path)}: {error.strerror or error}") from None
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            plain, (example,), dynamo=True, input_names=["images"], output_names=["cls", "patches"],
+            dynamic_shapes=shapes, opset_version=_OPSET, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    for name, value in metadata_of(backbone).items():
+        model.metadata_props.add(key=name, value=value)
+    is_large = sum(x.numel() for x in plain.parameters()) * 4 > 2**31 - 2**20  # protobuf's limit
+    data = f"{path.name}.data" if is_large else None
+    with whole(path) as partial:
+        onnx.save(model, str(partial), save_as_external_data=is_large, location=data)
 
 
 # --- command --------------------------------------------------------------------------------------------

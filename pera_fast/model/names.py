@@ -8,42 +8,32 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_QKV = ("query", "key", "value")
 # Ours -> transformers.ViTModel's as its hub files have them, which every release reads.
-_HF = (
-    (r"^(cls_token)$", r"embeddings.\1"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "layernorm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.layer.\1.layernorm_before."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.layer.\1.layernorm_after."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layer.\1.attention.output.dense."),
-    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
-    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
-)
-# What transformers writes -> ours; from release 5 on, models in memory have the names after the |.
-_FROM_HF = (
-    (r"^(?:vit\.)?embeddings\.(cls_token)$", r"\1"),
-    (r"^(?:vit\.)?embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(?:vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:vit\.)?layernorm\.", "norm."),
-    (r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
-    (r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.(?:intermediate\.dense|mlp\.fc1)\.", r"blocks.\1.mlp.fc1."),
-    (r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.(?:output\.dense|mlp\.fc2)\.", r"blocks.\1.mlp.fc2."),
-)  # fmt: skip
-_HF_QKV = re.compile(
-    r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.attention\.(?:attention\.)?(query|key|value|[qkv]_proj)\.(weight|bias)$"
-)
-
-
-def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        new, found = re.subn(pattern, replacement, name)
-        if found:
-            return new
-    return name
+_HF = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_HF_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_HF_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+# What release 5 calls them in memory -> as in files.
+_HF_SINCE_5 = {
+    "attention.q_proj": _HF_QKV[0],
+    "attention.k_proj": _HF_QKV[1],
+    "attention.v_proj": _HF_QKV[2],
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_OURS = {theirs: ours for ours, theirs in _HF.items()}
+_OURS_BLOCK = {theirs: ours for ours, theirs in _HF_BLOCK.items()}
 
 
 _OFFICIAL = (  # theirs, ours
@@ -75,13 +65,15 @@ def to_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A VisionTransformer's weights under transformers.ViTModel's names, query, key and value apart."""
     found = {}
     for name, value in weights.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
-            block, kind = match.groups()
-            for part, chunk in zip(_QKV, value.chunk(3), strict=True):
-                # A copy, since safetensors refuses tensors that share memory.
-                found[f"encoder.layer.{block}.attention.attention.{part}.{kind}"] = chunk.clone()
-        else:
-            found[_renamed(name, _HF)] = value
+        if not (match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)):
+            layer, kind = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name).groups(default="")  # type: ignore[union-attr]
+            found[_HF[layer] + kind] = value
+            continue
+        block, layer, kind = match.groups()
+        parts = _HF_QKV if layer == "attn.qkv" else (_HF_BLOCK[layer],)
+        for part, chunk in zip(parts, value.chunk(len(parts)), strict=True):
+            # A copy, since safetensors refuses tensors that share memory.
+            found[f"encoder.layer.{block}.{part}.{kind}"] = chunk.clone() if len(parts) > 1 else chunk
     return found
 
 
@@ -90,12 +82,17 @@ def from_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
-        if match := _HF_QKV.match(name):
-            block, part, kind = match.groups()
-            apart.setdefault(f"blocks.{block}.attn.qkv.{kind}", {})[part[0]] = value
+        own = name.removeprefix("vit.")
+        layer, kind = re.fullmatch(r"(.+?)(\.weight|\.bias)?", own, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+        match = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", layer)
+        part = _HF_SINCE_5.get(match[2], match[2]) if match else ""
+        if match and part in _HF_QKV:
+            apart.setdefault(f"blocks.{match[1]}.attn.qkv{kind}", {})[part] = value
+        elif match and part in _OURS_BLOCK:
+            found[f"blocks.{match[1]}.{_OURS_BLOCK[part]}{kind}"] = value
         else:
-            found[_renamed(name, _FROM_HF)] = value
+            found[_OURS[layer] + kind if layer in _OURS else name] = value
     for name, parts in apart.items():
-        if parts.keys() == set("qkv") and len({x.shape for x in parts.values()}) == 1:  # else it is missing
-            found[name] = torch.cat([parts[p] for p in "qkv"])
+        if len(parts) == 3 and len({x.shape for x in parts.values()}) == 1:  # else it is missing
+            found[name] = torch.cat([parts[part] for part in _HF_QKV])
     return found

@@ -240,6 +240,12 @@ def resample_positions(table: Tensor, grid_height: int, grid_width: int) -> Tens
     return resized.flatten(2)[0].T
 
 
+def resample_table(table: Tensor, grid: int) -> Tensor:
+    """`pos_embed` [1, 1 + L, D], the CLS token's position first, at another square grid."""
+    patches = resample_positions(table[0, 1:].float(), grid, grid)
+    return torch.cat((table[:, :1], patches[None].to(table.dtype)), dim=1)
+
+
 def init_linear(module: nn.Module) -> None:
     """Truncated normal of deviation .02 and zero bias, as the authors initialise every linear layer."""
     if isinstance(module, nn.Linear):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from pera_fast import ops
 from pera_fast.config import Config
@@ -34,17 +32,13 @@ from pera_fast.model.shadow import give_shadows, shadows_of
 from pera_fast.model.shard import shard, whole
 from pera_fast.model.vit import Subset, VisionTransformer
 from pera_fast.optim import AdamWEMA, TeacherOptimizer, make
+from pera_fast.replicas import Replicas
 from pera_fast.schedules import StepValues
 
 _log = logging.getLogger("pera_fast")
 _WARMUP = 11  # steps before one is recorded; DDP asks for as many
 
 Input = tuple[Patches, list[Subset]]  # of a forward pass
-
-
-def _sum_in_bfloat16(group, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, which are text here
-    """torch's hook under a name that DDP does not refuse where gloo is the backend, which can do it, too."""
-    return bf16_compress_hook(group, bucket)
 
 
 class TrainingStopped(RuntimeError):
@@ -93,13 +87,11 @@ class Engine:
             optim.optimizer, self.model.ema_pairs(), betas=optim.betas, eps=optim.eps, clip_norm=optim.clip_norm,
             decay_all=optim.decay_all, shadows=shadows_of(self.model),
         )  # fmt: skip
-        self._forward: PerA | DistributedDataParallel = self.model
-        if self.world.ranks > 1 and not self._is_sharded:
-            self._forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-            if run.reduce_in == "bf16":
-                self._forward.register_comm_hook(None, _sum_in_bfloat16)
+        has_replicas = self.world.ranks > 1 and not self._is_sharded
+        self._replicas = Replicas(self.model, run.reduce_in) if has_replicas else None
         self._passes_per_batch = 1
-        self._temperature, self._stop = torch.zeros(2, device=device)
+        self._gathered = 0  # exchanges of outputs in this step
+        self._temperature, self._stop, self._failed = torch.zeros(3, device=device)
         self._graph: StepGraph | None = None
         can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
         # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
@@ -113,39 +105,54 @@ class Engine:
 
         stop: whether this rank was asked to stop, of which every rank's report tells.
 
-        A forward pass that runs out of memory is taken again in smaller ones, and so are all after it; the result
-        stays that of the whole batch. With several ranks, which would have to agree, or the second time, or with one
-        image, TrainingStopped is raised.
+        A forward pass that runs out of memory is taken again in smaller ones, on every rank, and so are all after it;
+        the result stays that of the whole batch. The second time, or with one image, or where ranks share out the
+        model, TrainingStopped is raised.
         """
         self._temperature.fill_(values.teacher_temperature)
         self._stop.fill_(stop)
         self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
         while True:
+            self._failed.fill_(0)
+            self._gathered, passes, update = 0, len(batches) * self._passes_per_batch, None
             try:
                 inputs = self._inputs(step, batches)
-                if self._record(inputs):
-                    return self._report(self._graph(inputs), len(inputs))  # type: ignore[misc]
-                parts = self._gradients(inputs)
-                break
+                if graph := self._recorded(inputs):
+                    update = partial(graph, inputs)
+                else:
+                    update = partial(self._update, self._sums(self._gradients(inputs)), passes)
             except torch.OutOfMemoryError as error:
-                images, passes = len(batches[0]), self._passes_per_batch
-                if passes > 1 or self.world.ranks > 1 or images == 1:
+                images = len(batches[0]) // self._passes_per_batch
+                if self._passes_per_batch > 1 or images == 1 or self._is_sharded:
                     raise TrainingStopped(
-                        f"out of memory in step {step + 1} on rank {self.world.rank} with {images // passes} images "
+                        f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images "
                         "in a forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all "
                         "needs less"
                     ) from error
             # Outside of the handler, whose traceback holds the tensors of the failed pass.
-            self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
-            self._graph = None
-            self.optimizer.zero_grad()
-            if self.world.device.type == "cuda":
-                torch.cuda.empty_cache()
+            failed = 1
+            if update is None and self._replicas is not None:
+                update = partial(self._update, self._not_finite(batches), passes)
+            if update is not None:
+                report, failed = self._report(update(), passes)
+                if not failed:
+                    return report
+            self._take_smaller_passes(step, len(batches[0]), failed)
+
+    def _take_smaller_passes(self, step: int, images: int, failed: int) -> None:
+        """After a step for which memory was short on `failed` ranks."""
+        self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
+        self._graph = None
+        self.optimizer.zero_grad()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.world.is_first:
+            where = f" on {failed} of {self.world.ranks} ranks" if self.world.ranks > 1 else ""
             _log.warning(
-                "out of memory in step %d with %d images in a forward pass; taken again with %d in each of %d passes",
-                step + 1, images, images // self._passes_per_batch, self._passes_per_batch,
+                "out of memory in step %d%s with %d images in a forward pass; taken again with %d in each of %d "
+                "passes",
+                step + 1, where, images, images // self._passes_per_batch, self._passes_per_batch,
             )  # fmt: skip
-        return self._report(self._update(parts), len(inputs))
 
     def probe(self, patches: Patches) -> None:
         """A forward and backward pass that changes nothing, for measuring memory."""
@@ -165,18 +172,20 @@ class Engine:
         ]
         return [(one, self._subsets(step, part, one)) for part, one in enumerate(patches)]
 
-    def _record(self, inputs: list[Input]) -> bool:
-        """Whether there is a graph of the step, which is recorded once the first steps are done."""
+    def _recorded(self, inputs: list[Input]) -> StepGraph | None:
+        """The graph of the step, which is recorded once the first steps are done."""
         self._steps_to_record -= 1
         if self._graph is None and self._steps_to_record < 0:
             self._steps_to_record = math.inf  # once, whether it goes well or not
             try:
-                self._graph = StepGraph(lambda inputs: self._update(self._gradients(inputs)), inputs)
+                self._graph = StepGraph(
+                    lambda inputs: self._update(self._sums(self._gradients(inputs)), len(inputs)), inputs
+                )
                 _log.info("the step is recorded in a CUDA graph")
             except RuntimeError as error:  # out of memory is one, too
                 _log.warning("the step is not recorded in a CUDA graph: %s", str(error).splitlines()[0])
                 self.optimizer.zero_grad()
-        return self._graph is not None
+        return self._graph
 
     def _gradients(self, inputs: list[Input]) -> list[Losses]:
         """Every forward pass's losses; their mean's gradient is in the parameters."""
@@ -184,67 +193,72 @@ class Engine:
         self.optimizer.zero_grad()
         parts: list[Losses] = []
         for part, ((patches, subsets), whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
-            with self._summing_gradients(is_last=part == len(inputs) - 1):
+            with self._averaging_gradients(is_last=part == len(inputs) - 1):
                 with self._autocast():
-                    losses = self._forward(patches, subsets, self._temperature, whole_batch)
+                    forward = self._replicas or self.model
+                    losses = forward(patches, subsets, self._temperature, whole_batch)
                 (losses.total / len(inputs)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
         return parts
 
-    @contextmanager
-    def _summing_gradients(self, is_last: bool) -> Iterator[None]:
+    def _averaging_gradients(self, is_last: bool) -> AbstractContextManager[None]:
         """Ranks average their gradients in the last backward pass of the step."""
         if self._is_sharded:
             self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-        elif isinstance(self._forward, DistributedDataParallel) and not is_last:
-            with self._forward.no_sync():
-                yield
-            return
-        yield
+        return self._replicas.averaging(is_last) if self._replicas else nullcontext()
 
-    def _update(self, parts: list[Losses]) -> Tensor:
-        """Update model, teacher and centre.
+    def _not_finite(self, batches: Sequence[Batch]) -> Tensor:
+        """In place of a step's gradients and sums where memory was short, while the other ranks take theirs."""
+        self._failed.fill_(1)
+        z = torch.full(
+            (self.config.crops.num_global, len(batches[0]), self.config.model.head_bottleneck_dim), torch.nan,
+            device=self.world.device,
+        )  # fmt: skip
 
-        Returns float [8]: the losses summed over parts and ranks, how many ranks were asked to stop, the gradient's
-        norm, whether the step was skipped.
-        """
+        def exchange() -> None:
+            for _ in range(len(batches) - self._gathered if self.config.optim.koleo_weight else 0):
+                self._gather(z)
+
+        if len(batches) > 1:  # before the first forward pass, else in it
+            exchange()
+        self._replicas.finish_with_nan(exchange)  # type: ignore[union-attr]
+        return torch.full((5 + z.shape[-1],), torch.nan, device=self.world.device)
+
+    def _sums(self, parts: list[Losses]) -> Tensor:
+        """float [5 + bottleneck]: over this rank's parts, the losses and the teacher's mean z."""
         num_global = self.config.crops.num_global
         self._sample = parts[-1].sample  # of a recorded step: where each replay puts it
-        rows = [
-            torch.cat(
-                (
-                    torch.stack(
-                        (
-                            p.total,
-                            p.distill[:num_global].mean(),
-                            p.distill[num_global:].sum(),
-                            p.koleo,
-                            p.pixel,
-                        )
-                    ),
-                    p.z_teacher_sum,
-                )
-            )
-            for p in parts
-        ]
-        sums = self.world.sum(torch.cat((torch.stack(rows).sum(0), self._stop[None])))
-        passes = len(parts) * self.world.ranks
-        centre = self.model.next_centre(sums[5:-1] / (passes * parts[0].rows))  # of the teacher that made z
+        rows = []
+        for p in parts:
+            distill = p.distill[:num_global].mean(), p.distill[num_global:].sum()
+            losses = torch.stack((p.total, *distill, p.koleo, p.pixel))
+            rows.append(torch.cat((losses, p.z_teacher_sum / p.rows)))
+        return torch.stack(rows).sum(0)
+
+    def _update(self, sums: Tensor, passes: int) -> Tensor:
+        """Update model, teacher and centre, by this rank's `_sums` over `passes` parts.
+
+        Returns float [9]: the losses summed over parts and ranks, how many ranks were asked to stop and how many were
+        short of memory, the gradient's norm, whether the step was skipped.
+        """
+        sums = self.world.sum(torch.cat((sums, self._stop[None], self._failed[None])))
+        mean_z = sums[5:-2] / (passes * self.world.ranks)
+        centre = self.model.next_centre(mean_z)  # of the teacher that made z
 
         # The sums hold every rank's losses and the norm is of averaged gradients, so all ranks agree here.
         grad_norm = torch.where(sums.isfinite().all(), self.optimizer.grad_norm(), torch.nan)
         self.optimizer.step(grad_norm=grad_norm)
         skipped = self.optimizer.skipped
         self.model.centre.copy_(torch.where(skipped, self.model.centre, centre))
-        return torch.cat((sums[:5], sums[-1:], grad_norm[None], skipped[None]))
+        return torch.cat((sums[:5], sums[-2:], grad_norm[None], skipped[None]))
 
-    def _report(self, numbers: Tensor, passes: int) -> StepReport:
-        """Of what `_update` returned; the one place where the host waits for the device."""
-        *sums, stop, norm, skipped = numbers.tolist()
+    def _report(self, numbers: Tensor, passes: int) -> tuple[StepReport, int]:
+        """Of what `_update` returned, and how many ranks failed; the one place where the host waits for the device."""
+        *sums, stop, failed, norm, skipped = numbers.tolist()
         named = ("total", "distill_global", "distill_local", "koleo", "pixel")
         losses = {name: value / (passes * self.world.ranks) for name, value in zip(named, sums, strict=True)}
         losses["distill_local"] /= max(1, self.config.crops.num_local)
-        return StepReport(losses, norm, skipped=bool(skipped), stop=stop > 0)
+        return StepReport(losses, norm, skipped=bool(skipped), stop=stop > 0), int(failed)
 
     @torch.no_grad()
     def health(self) -> dict[str, float]:
@@ -332,7 +346,7 @@ class Engine:
         def join(part: int, everyone: Tensor | None, z: Tensor) -> Tensor:
             start = (part * self.world.ranks + self.world.rank) * z.shape[1]
             if everyone is None:
-                everyone = torch.cat(self.world.gather(z), dim=1)
+                everyone = torch.cat(self._gather(z), dim=1)
             return join_whole_batch(z, everyone, start, parts)
 
         if len(inputs) == 1:
@@ -340,9 +354,14 @@ class Engine:
         gathered = []
         for patches, subsets in inputs:
             with self._autocast():
-                gathered += self.world.gather(self.model.student_z(patches, subsets))
+                gathered += self._gather(self.model.student_z(patches, subsets))
         everyone = torch.cat(gathered, dim=1)
         return [partial(join, part, everyone) for part in range(len(inputs))]
+
+    def _gather(self, z: Tensor) -> list[Tensor]:
+        everyone = self.world.gather(z)
+        self._gathered += 1
+        return everyone
 
     def _subsets(self, step: int, part: int, patches: Patches) -> list[Subset]:
         model, seed = self.config.model, self.config.run.seed

@@ -114,10 +114,10 @@ def test_training_through_the_graph_is_training(
     recorded._steps_to_record = 0
     calls = []
     update = recorded._update
-    monkeypatch.setattr(recorded, "_update", lambda parts: calls.append(len(parts)) or update(parts))
+    monkeypatch.setattr(recorded, "_update", lambda *of: calls.append(of) or update(*of))
     with torch.no_grad():  # the recording computes, as a GPU's does not
         inputs = recorded._inputs(2, _batches(image_folder, config, recorded))
-    assert recorded._record(inputs)
+    assert recorded._recorded(inputs)
     _put_back(recorded, before)
     _, later = run(image_folder, config, 6, start=2, engine=recorded)
     assert len(calls) == 1, "the steps are replayed, not taken"
@@ -161,9 +161,9 @@ def test_where_recording_fails_steps_go_on(
     engine, _ = run(image_folder, config, 2)
     engine._steps_to_record = 0
     monkeypatch.setattr(engine_module, "StepGraph", fail)
-    monkeypatch.setattr(engine, "_update", lambda parts: None)
+    monkeypatch.setattr(engine, "_update", lambda *of: None)
     caplog.set_level(logging.WARNING, "pera_fast")
-    assert not engine._record(engine._inputs(2, _batches(image_folder, config, engine)))
+    assert not engine._recorded(engine._inputs(2, _batches(image_folder, config, engine)))
     monkeypatch.undo()
     run(image_folder, config, 4, start=2, engine=engine)
     assert_near(state(engine), state(plain), 0)
@@ -216,7 +216,7 @@ def test_little_is_left_to_the_host(image_folder: Path, monkeypatch: pytest.Monk
     engine, _ = run(image_folder, config, 1)
     batches = _batches(image_folder, config, engine)
     engine._graph = StepGraph(
-        lambda inputs: torch.zeros(8), engine._inputs(1, batches), lambda f: (f(), lambda: None)
+        lambda inputs: torch.zeros(9), engine._inputs(1, batches), lambda f: (f(), lambda: None)
     )
     crop_patches = engine_module.ops.crop_patches
     monkeypatch.setattr(  # as on a GPU, where the loader's numbers are not read back

@@ -1,0 +1,133 @@
+"""Memory that is short on one rank of several: all of them take the step again in smaller passes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import several_ranks, tiny_config
+from test_engine import assert_near, run, state
+
+from pera_fast import ops
+from pera_fast.config import Config
+from pera_fast.distributed import World, world
+from pera_fast.engine import Engine, TrainingStopped
+
+PLACES = ("patches", "gather", "last gather", "forward", "backward", "end of backward")
+
+
+class Short:
+    """Raises as a GPU that is full does, once, where and when it is asked to."""
+
+    def __init__(self, place: str, step: int, gathers: int) -> None:
+        self.place, self.countdown, self.failed = place, step, 0
+        self._gathers = {"gather": 1, "last gather": gathers}.get(place, 0)
+
+    def at(self, place: str) -> None:
+        if place.endswith("gather") and self.place.endswith("gather"):
+            self._gathers -= self.countdown == 0
+            place = self.place if self._gathers == 0 else ""
+        if place == self.place and self.countdown == 0 and not self.failed:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def before(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            self.at(place)
+            return function(*arguments, **options)
+
+        return called
+
+    def step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            self.countdown -= 1
+            return result
+
+        return called
+
+
+def disturbed(
+    folder: Path,
+    config: Config,
+    on: World,
+    place: str,
+    step: int,
+    ranks: tuple[int, ...],
+    is_recorded: bool = False,
+) -> Engine:
+    """Three steps, of which memory is short in one, on some of the ranks. is_recorded: in a graph, as on a GPU."""
+    gathers = config.run.accumulate
+    short = Short(place if on.rank in ranks else "nowhere", step, gathers)
+    engine, _ = run(folder, config, 0, on=on)
+    if is_recorded:
+        engine._graph = lambda inputs: engine._update(engine._sums(engine._gradients(inputs)), len(inputs))  # type: ignore[assignment]
+    blocks = engine.model.student.backbone.blocks
+    # A block's gradients are made in reverse order: the last block's first.
+    for name, layer in (("backward", blocks[-1].norm2), ("end of backward", blocks[0].norm1)):
+        layer.weight.register_hook(lambda _, name=name: short.at(name))
+    with (
+        patch.object(Engine, "patches", short.before("patches", Engine.patches)),
+        patch.object(World, "gather", short.before("gather", World.gather)),
+        patch.object(ops, "koleo", short.before("forward", ops.koleo)),
+        patch.object(Engine, "step", short.step(Engine.step)),
+    ):
+        _, reports = run(folder, config, 3, engine=engine, on=on)
+    assert short.failed == (on.rank in ranks), "memory was not short where the test says"
+    assert not any(report.skipped for report in reports)
+    return engine
+
+
+def _on_each_rank(folder: Path, on: World) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pera_fast").addHandler(handler)
+    one_pass = [place for place in PLACES if place != "last gather"]
+    for options, cases in (
+        # DDP changes the order of its buckets in step 1.
+        ({"batch_size": 4}, [*product(one_pass, range(3), [(1,)]), *product(one_pass, [1], [(0,), (0, 1)])]),
+        ({"batch_size": 4}, product(["patches"], [2], [(1,)], [True])),
+        ({"batch_size": 2, "accumulate": 2}, product(PLACES, [1], [(1,)])),
+        ({"batch_size": 4, "reduce_in": "bf16"}, product(["backward"], [1], [(1,)])),
+    ):
+        config = tiny_config(**options)
+        undisturbed = state(run(folder, config, 3, on=on)[0])
+        for place, step, ranks, *is_recorded in cases:
+            said.clear()
+            case = f"{options}, {place} of step {step} on ranks {ranks}"
+            engine = disturbed(folder, config, on, place, step, ranks, *is_recorded)
+            try:
+                assert_near(state(engine), undisturbed, 1e-5 if "reduce_in" not in options else 5e-3)
+            except AssertionError as error:
+                raise AssertionError(f"{case}: {error}") from None
+            images = config.run.images
+            assert said == [
+                f"out of memory in step {step + 1} on {len(ranks)} of 2 ranks with {images} images in a forward pass; "
+                f"taken again with {images // 2} in each of 2 passes"
+            ] * on.is_first, case  # fmt: skip
+
+
+def test_all_ranks_take_the_step_again(image_folder: Path) -> None:
+    several_ranks(__file__, 2, image_folder, "again")
+
+
+def test_where_the_model_is_shared_out_it_is_a_sentence(image_folder: Path) -> None:
+    several_ranks(__file__, 2, image_folder, "sharded")
+
+
+def _sharded(folder: Path, on: World) -> None:
+    with pytest.raises(TrainingStopped, match=f"step 2 on rank {on.rank} with 4 images in a forward pass"):
+        disturbed(folder, tiny_config(batch_size=4, shard="all"), on, "patches", 1, (0, 1))
+
+
+if __name__ == "__main__":
+    with world("cpu") as on:
+        {"again": _on_each_rank, "sharded": _sharded}[sys.argv[2]](Path(sys.argv[1]), on)

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from compare import compare
+from compare import DEVICES, compare
 
 from pera_fast import ops
 from pera_fast.ops import _dispatch
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("crops", "counts"), [(128, (784, 157, 157)), (512, (36, 7, 7))])
-def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int]) -> None:
+def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int], device: str) -> None:
     patches, students, targets = counts
-    index = torch.arange(crops)
+    index = torch.arange(crops, device=device)
 
     def ours() -> tuple[torch.Tensor, ...]:
         return ops.disjoint_masks(
@@ -19,7 +20,7 @@ def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int]) ->
         )
 
     def theirs() -> tuple[torch.Tensor, ...]:
-        rank = torch.argsort(torch.rand(crops, patches), dim=1)
+        rank = torch.argsort(torch.rand(crops, patches, device=device), dim=1)
         student, visible = rank < students, rank < students + targets
         masks = (student, visible & ~student, ~visible)
         return tuple(mask.nonzero()[:, 1].view(crops, -1) for mask in masks)
@@ -29,7 +30,7 @@ def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int]) ->
             assert x.shape == y.shape and (x.diff(dim=1) > 0).all() and (y.diff(dim=1) > 0).all()
 
     compare(
-        benchmark, op="disjoint_masks", backend=_dispatch.resolve("disjoint_masks", "cpu").backend,
-        peer="argsort + boolean masks", ours=ours, theirs=theirs, same=same, dtype="int64",
+        benchmark, op="disjoint_masks", backend=_dispatch.resolve("disjoint_masks", device).backend,
+        peer="argsort + boolean masks", ours=ours, theirs=theirs, same=same, dtype="int64", device=device,
         shape=f"{crops} crops of {patches}",
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from baselines.eager_step import masks, tokens
-from compare import all_close, compare, needs_bfloat16
+from compare import all_close, compare, needs_bfloat16, needs_gpu
 from torch import Tensor
 from workload import batch, small_vit_s, statistics
 
@@ -36,6 +36,15 @@ def whole_views(patches: Patches, size: int, crop_px: int) -> list[Tensor]:
 @pytest.mark.parametrize(("dim", "name"), [(384, "ViT-S"), (768, "ViT-B")])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 def bench_patch_embed(benchmark, dim: int, name: str, precision: str) -> None:
+    measure(benchmark, dim, name, precision, 8, "cpu")
+
+
+@needs_gpu
+def bench_patch_embed_gpu(benchmark) -> None:
+    measure(benchmark, 768, "ViT-B", "bf16", 64, "cuda")
+
+
+def measure(benchmark, dim: int, name: str, precision: str, images: int, device: str) -> None:
     """Rows or views -> tokens of student (with its gradients) and teacher."""
     config = small_vit_s()
     config = replace(
@@ -43,8 +52,8 @@ def bench_patch_embed(benchmark, dim: int, name: str, precision: str) -> None:
         model=replace(config.model, embed_dim=dim, num_heads=dim // 64, depth=1),
         run=replace(config.run, precision=precision),
     )
-    engine = Engine(config, statistics(), World(0, 1, torch.device("cpu")))
-    model, decoded = engine.model, batch(config, images=8)
+    engine = Engine(config, statistics(), World(0, 1, torch.device(device)))
+    model, decoded = engine.model, batch(config, images=images)
     patches = engine.patches(0, 0, decoded)
     pixels = (config.crops.global_px, config.crops.local_px)
     # Any views will do that hold the very patches.
@@ -54,7 +63,7 @@ def bench_patch_embed(benchmark, dim: int, name: str, precision: str) -> None:
     sizes = (config.crops.global_px // 16, config.crops.local_px // 16)
 
     def autocast() -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
     def ours() -> list[Tensor]:
         with autocast():
@@ -77,8 +86,9 @@ def bench_patch_embed(benchmark, dim: int, name: str, precision: str) -> None:
         return [torch.cat(seen), torch.cat(taught), *gradients]
 
     compare(
-        benchmark, op="patch_embed", backend=_dispatch.resolve("patch_embed", "cpu").backend,
+        benchmark, op="patch_embed", backend=_dispatch.resolve("patch_embed", device).backend,
         peer="convolution over all patches, boolean masks",
         ours=ours, theirs=theirs, same=all_close(2e-2 if precision == "bf16" else 1e-3), dtype=precision,
-        shape=f"{name}, 8 images 512 px, 2x448 + 8x96 pairs, student fwd+bwd, teacher fwd", pairs=5,
+        shape=f"{name}, {images} images 512 px, 2x448 + 8x96 pairs, student fwd+bwd, teacher fwd", pairs=5,
+        device=device,
     )  # fmt: skip

@@ -27,6 +27,7 @@ needs_bfloat16 = pytest.mark.skipif(
     reason="this processor has no bfloat16 instructions",
 )
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def compare(

@@ -30,7 +30,7 @@ def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
     block_d = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32:  # tf32x3 holds three parts of every operand
         return 16, block_d, 4
-    return (64 if dim <= 64 else 32), block_d, 8
+    return (64 if dim <= 64 else 32), block_d, (4 if dim <= 32 else 8)
 
 
 class Tiles(NamedTuple):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_on_isa, three_way
+from conftest import interpreted, run_on_isa, three_way
 
 from pera_fast import ops, reference
 from pera_fast.ops import _library, _prototypes
@@ -465,12 +463,7 @@ print("equal")
 
 @needs_cpp
 def test_triton_kernels_in_the_interpreter_equal_those_in_cpp() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=240
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    assert interpreted(INTERPRETED) == "equal"
 
 
 @pytest.mark.parametrize("capability", [80, 90])

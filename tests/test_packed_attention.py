@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import run_on_isa, three_way
+from conftest import interpreted, run_on_isa, three_way
 
 from pera_fast import ops, reference
 from pera_fast.ops import _library
@@ -274,12 +270,7 @@ print("equal")
 
 
 def test_triton_kernels_in_the_interpreter_equal_the_reference() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.stdout.strip() == "equal", done.stderr
+    assert interpreted(INTERPRETED) == "equal"
 
 
 def test_tiles_cover_every_row_once() -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DRAWN, EXAMPLES, three_way
+from conftest import DRAWN, EXAMPLES, interpreted, three_way
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -381,13 +377,4 @@ tests.try_shapes(op, "cpu")
 @needs_cpp
 @pytest.mark.parametrize("op", ["packed_attention", "residual_norm", "distill_loss"])
 def test_triton_kernels_take_any_shape_in_the_interpreter(op: str) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {
-        "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent), "PERA_FAST_BACKEND": f"{op}=cpp",
-        "PERA_FAST_EXAMPLES": str(max(4, EXAMPLES // 3)),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, op], capture_output=True, text=True, timeout=280,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    interpreted(INTERPRETED, op, PERA_FAST_BACKEND=f"{op}=cpp", PERA_FAST_EXAMPLES=str(max(4, EXAMPLES // 3)))

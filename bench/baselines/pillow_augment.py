@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
@@ -40,6 +46,63 @@ def crop_pairs(
         for to, tensor in zip(views, crop_pair(opened[source], table, i, crop_px, mean, std), strict=True):
             to[i] = tensor
     return views
+
+
+class Ahead:
+    """The same on every core, a batch ahead of the one that is trained on, as a data loader's workers do it."""
+
+    def __init__(
+        self, images: list[np.ndarray], tables: Sequence[CropTable], sizes: Sequence[int], mean: Tensor, std: Tensor,
+        device: str,
+    ) -> None:  # fmt: skip
+        cores = len(os.sched_getaffinity(0))
+        self._pool = torch.multiprocessing.get_context("forkserver").Pool(
+            cores, initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._thread = ThreadPoolExecutor(1)
+        self._device, self._tables, self._sizes = device, tables, sizes
+        self._tasks, self._places = [], []
+        for part in np.array_split(np.arange(len(images)), min(cores, len(images))):
+            places = [torch.isin(table.image, torch.from_numpy(part)).nonzero()[:, 0] for table in tables]
+            few = [CropTable(*(x[at] for x in table)) for table, at in zip(tables, places, strict=True)]
+            few = [table._replace(image=table.image - int(part[0])) for table in few]
+            self._tasks.append(
+                partial(_crop_pairs_of, [images[i] for i in part], few, tuple(sizes), mean, std)
+            )
+            self._places.append(places)
+        self._views = self._load()
+
+    def _load(self) -> list[tuple[Tensor, Tensor]]:
+        views = [
+            tuple(torch.empty(len(table.image), 3, px, px, device=self._device) for _ in range(2))
+            for table, px in zip(self._tables, self._sizes, strict=True)
+        ]
+        for places, part in zip(self._places, self._pool.imap(_call, self._tasks), strict=True):
+            for at, to, pair in zip(places, views, part, strict=True):
+                for view, crops in zip(to, pair, strict=True):
+                    view[at.to(self._device)] = crops.to(self._device)
+        return views
+
+    def during(self, step: Callable[[list[tuple[Tensor, Tensor]]], Any]) -> Any:
+        """step(views of this batch), while those of the next are made; returns when both are done."""
+        following = self._thread.submit(self._load)
+        result = step(self._views)
+        self._views = following.result()
+        return result
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._pool.terminate()
+
+
+def _call(task: Callable[[], Any]) -> Any:
+    return task()
+
+
+def _crop_pairs_of(
+    images: list[np.ndarray], tables: list[CropTable], sizes: tuple[int, ...], mean: Tensor, std: Tensor
+) -> list[list[Tensor]]:
+    return [crop_pairs(images, table, px, mean, std) for table, px in zip(tables, sizes, strict=True)]
 
 
 def crop_pair(

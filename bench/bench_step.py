@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from baselines import eager_step
-from baselines.pillow_augment import crop_pairs
+from baselines import eager_step, pillow_augment
+from bench_distill_loss import peak_flops
 from bench_patch_embed import whole_views
 from compare import all_close, compare, needs_bfloat16, needs_gpu
 from torch import Tensor
 from workload import IMAGENET, batch, statistics
 
-from pera_fast.config import PRESETS
+from pera_fast.config import PRESETS, Config
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
 from pera_fast.ops import _dispatch
@@ -50,55 +52,87 @@ def bench_step_gpu(benchmark, preset: str, images: int, peer: str) -> None:
     measure(benchmark, preset, images, 131072, 0.3, peer, "bf16", "cuda")
 
 
-def measure(
-    benchmark, preset: str, images: int, prototypes: int, drop_path: float, peer: str, precision: str, device: str
-) -> None:  # fmt: skip
-    """Ours from decoded images; the eager step from finished views, or from images too with Pillow."""
+@needs_gpu
+def bench_largest_batch_gpu(benchmark) -> None:
+    """Times at equal batch, and the batch of each side that memory is predicted to hold."""
+    measure(benchmark, "vit_b", 32, 131072, 0.3, PEERS[0], "bf16", "cuda")
+    limit = 0.95 * torch.cuda.mem_get_info()[1]
+    for name, side in (("largest_batch", 0), ("peer_largest_batch", 1)):
+        peaks = []
+        for images in (16, 32):
+            step = sides(config_of("vit_b", 131072, 0.3, "bf16"), images, PEERS[0], "cuda")[side]
+            step()  # moments and workspaces stay
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            peaks.append(torch.cuda.max_memory_allocated())
+            del step
+            gc.collect()
+        per_image = (peaks[1] - peaks[0]) / 16
+        benchmark.extra_info[name] = int((limit - peaks[0]) / per_image) + 16
+        benchmark.extra_info[f"{name}_bytes_per_image"] = per_image
+
+
+def config_of(preset: str, prototypes: int, drop_path: float, precision: str) -> Config:
     base = PRESETS[preset]
-    config = replace(
+    return replace(
         base,
         model=replace(base.model, num_prototypes=prototypes, drop_path=drop_path),
         run=replace(base.run, precision=precision),
     )
-    if device == "cuda":  # as pera_fast.distributed.world has it, so that the step can be recorded
-        torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def sides(
+    config: Config, images: int, peer: str, device: str
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A step of ours from decoded images, and of the peer's from finished views, or from images too with Pillow."""
     engine = Engine(config, statistics(), World(0, 1, torch.device(device)))
     twin = copy.deepcopy(engine.model)
     optimizer = torch.optim.AdamW(
         [p for p in twin.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04, eps=2e-5, fused=True
     )
     decoded = batch(config, images)
-    arrays = [image.numpy() for image in decoded.images.views()]
     mean, std = (torch.tensor(x) for x in IMAGENET)
     sizes = (config.crops.global_px, config.crops.local_px)
     patches = engine.patches(0, 0, decoded)
     indices = [tuple(masks) for masks in patches.groups]
-    finished = (
-        None if "Pillow" in peer else [tuple(whole_views(patches, i, px)) for i, px in enumerate(sizes)]
-    )
     forward = torch.compile(eager_step.step) if "compile" in peer else eager_step.step
-    del patches
 
     def ours() -> Tensor:
         return torch.tensor(engine.step(0, [decoded], VALUES).losses["total"])
 
-    def views() -> list[tuple[Tensor, ...]]:
-        if finished is not None:
-            return finished
-        return [
-            tuple(view.to(device) for view in crop_pairs(arrays, table, px, mean, std))
-            for table, px in zip(decoded.tables, sizes, strict=True)
-        ]
-
-    def theirs() -> Tensor:
+    def train(views: list[tuple[Tensor, ...]]) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            loss, t_logits = forward(twin, config, views(), indices, VALUES.teacher_temperature)
+        with torch.autocast(device, torch.bfloat16, enabled=config.run.precision == "bf16"):
+            loss, t_logits = forward(twin, config, views, indices, VALUES.teacher_temperature)
         loss.backward()
         eager_step.update(twin, config, optimizer, VALUES.momentum, t_logits)
         return loss.detach().cpu()
 
+    if "Pillow" not in peer:
+        finished = [tuple(whole_views(patches, i, px)) for i, px in enumerate(sizes)]
+        return ours, lambda: train(finished)
+    arrays = [image.numpy() for image in decoded.images.views()]
+    if device == "cuda":  # whose cores are free for it
+        ahead = pillow_augment.Ahead(arrays, decoded.tables, sizes, mean, std, device)
+        return ours, lambda: ahead.during(train)
+
+    def augment_and_train() -> Tensor:
+        pairs = zip(decoded.tables, sizes, strict=True)
+        return train([tuple(pillow_augment.crop_pairs(arrays, table, px, mean, std)) for table, px in pairs])
+
+    return ours, augment_and_train
+
+
+def measure(
+    benchmark, preset: str, images: int, prototypes: int, drop_path: float, peer: str, precision: str, device: str
+) -> None:  # fmt: skip
+    config = config_of(preset, prototypes, drop_path, precision)
+    if device == "cuda":  # as pera_fast.distributed.world has it, so that the step can be recorded
+        torch.cuda.set_stream(torch.cuda.Stream())
+    ours, theirs = sides(config, images, peer, device)
+    rate = {}
     if device == "cuda":
+        rate["peak_flops"] = peak_flops("bfloat16", "cuda")
         for _ in range(13):  # the step is recorded on the way
             ours()
     backends = ", ".join(sorted({_dispatch.resolve(op, device).backend for op in _dispatch.registered()}))
@@ -106,5 +140,5 @@ def measure(
         benchmark, op="step", backend=backends, peer=peer, ours=ours, theirs=theirs, device=device, pairs=3,
         # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.
         same=None if drop_path else all_close(0.05), dtype=precision, flops=images * flop_per_image(config),
-        shape=f"{preset}, {images} images, {prototypes} prototypes, drop path {drop_path}",
+        images=images, **rate, shape=f"{preset}, {images} images, {prototypes} prototypes, drop path {drop_path}",
     )  # fmt: skip

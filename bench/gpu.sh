@@ -1,39 +1,52 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, tests, memory checkers, benchmarks in order of importance.
-# Results land in $OUT part by part. A part that fails, or that the time is over for, does not stop the later ones;
-# the exit code tells whether all went well.
+# Everything that needs a GPU, in one go: build, tests, benchmarks in order of importance, memory checkers.
+# A part that fails, or that the time is over for, does not stop the later ones; the exit code tells whether all
+# went well. Few files are left in $OUT, up to date from part to part:
+#   summary.txt     how each part ended
+#   log.txt         what each part printed
+#   results.json    the benchmarks, as bench/results holds them
+#   metrics.jsonl   every step of a run of ViT-B with the largest batch
+#   ops.txt         time per operation in five of them
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out}
 LIMIT_S=${LIMIT_S:-530}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$OUT"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 failed=0
 
 part() {  # part NAME SECONDS COMMAND...: run it for at most so long, keep its output, note how it ended
-  local name=$1 seconds=$2 left=$((LIMIT_S - SECONDS)) log="$OUT/$1.log" started=$SECONDS
+  local name=$1 seconds=$2 left=$((LIMIT_S - SECONDS)) started=$SECONDS
   shift 2
   if [ $left -lt 5 ]; then
     echo "$name: left out, the $LIMIT_S s are over" | tee -a "$OUT/summary.txt"
     failed=1
     return
   fi
-  timeout -k 5 $((seconds < left ? seconds : left)) "$@" >"$log" 2>&1
+  printf '\n===== %s: %s\n' "$name" "$*" >>"$OUT/log.txt"
+  timeout -k 5 $((seconds < left ? seconds : left)) "$@" >"$work/log" 2>&1
   local code=$?
+  cat "$work/log" >>"$OUT/log.txt"
   echo "$name: exit $code after $((SECONDS - started)) s" | tee -a "$OUT/summary.txt"
-  if [ $code -ne 0 ]; then tail -n 20 "$log"; failed=1; fi
+  if [ $code -ne 0 ]; then tail -n 20 "$work/log"; failed=1; fi
 }
 
 benchmark() {  # benchmark FILE SECONDS
-  part "$1" "$2" "$PYTHON" -m pytest "bench/$1.py" -k "gpu or cuda" --benchmark-only -q \
-    --benchmark-json="$OUT/$1.json"
+  part "$1" "$2" "$PYTHON" -m pytest "bench/$1.py" -k "gpu or cuda" --benchmark-only -q --benchmark-json="$work/$1.json"
+  # One that was cut off or failed keeps what it had.
+  if [ -s "$work/$1.json" ] && saved=$("$PYTHON" bench/results.py save "$work/$1.json" 2>>"$OUT/log.txt"); then
+    cp "$saved" "$OUT/results.json"
+  fi
 }
 
-nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1
+: >"$OUT/summary.txt" >"$OUT/log.txt"
+nvidia-smi >>"$OUT/log.txt" 2>&1
 export PERA_FAST_REQUIRE_CUDA=1
 part build 120 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
-part info 30 "$PYTHON" -m pera_fast.info --json
-part train 60 "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$OUT/demo"
+part info 30 "$PYTHON" -m pera_fast.info
+part train 60 "$PYTHON" -m pera_fast.train --device cuda --max-steps 50 --out "$work/demo"
 part ops 150 "$PYTHON" -m pytest -q -k "cuda or gpu or triton" tests/test_devices.py tests/test_disjoint_masks.py \
   tests/test_crop_patches.py tests/test_patch_embed.py tests/test_packed_attention.py tests/test_residual_norm.py \
   tests/test_distill_loss.py tests/test_koleo.py tests/test_adamw_ema.py tests/test_ema_update.py \
@@ -41,6 +54,9 @@ part ops 150 "$PYTHON" -m pytest -q -k "cuda or gpu or triton" tests/test_device
 part engine 90 "$PYTHON" -m pytest -q -k "cuda or gpu" tests/test_engine.py tests/test_graph.py tests/test_batch.py \
   tests/test_model.py tests/test_optim.py tests/test_loader.py
 benchmark bench_step 120
+part vit_b 90 "$PYTHON" -m pera_fast.train --preset vit_b --data pera_fast/demo --device cuda --max-steps 20 \
+  --log-every 1 --profile 5 --out "$work/vit_b"
+cp "$work/vit_b/metrics.jsonl" "$work/vit_b/profile/ops.txt" "$OUT/" 2>>"$OUT/log.txt"
 benchmark bench_vit 60
 benchmark bench_packed_attention 60
 benchmark bench_distill_loss 60
@@ -54,10 +70,8 @@ if command -v compute-sanitizer >/dev/null; then
       tests/test_grad_norm.py
   done
 fi
-for file in bench_ema_update bench_grad_norm bench_koleo bench_linear bench_patch_embed bench_disjoint_masks; do
+for file in bench_ema_update bench_grad_norm bench_koleo bench_patch_embed bench_disjoint_masks; do
   benchmark $file 30
 done
-"$PYTHON" bench/results.py save "$OUT"/bench_*.json >>"$OUT/summary.txt" 2>&1 &&
-  cp "bench/results/$(basename "$(tail -n 1 "$OUT/summary.txt")")" "$OUT/"
 cat "$OUT/summary.txt"
 exit $failed

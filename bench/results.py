@@ -63,6 +63,8 @@ def table(results: dict[str, Any]) -> str:
                 share = f"{row['flops'] / seconds / row['peak_flops']:.0%} of FLOP/s"
             elif "bandwidth" in row:
                 share = f"{row['bytes_moved'] / seconds / row['bandwidth']:.0%} of bandwidth"
+            if "largest_batch" in row:
+                share = f"largest batch {row['largest_batch']}, peer {row['peer_largest_batch']}"
             lines.append(
                 f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {row['ours_ms']:.3g} "
                 f"| {row['peer']} | {row['peer_ms']:.3g} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from conftest import ONE, needs_cuda, tiny_config
 from test_engine import assert_near, run, state
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -176,6 +178,66 @@ def test_only_what_can_be_recorded_is(image_folder: Path) -> None:
     statistics = run(image_folder, tiny_config(), 0)[0].statistics
     for on_cpu in (tiny_config(), tiny_config(cuda_graph=False)):
         assert engine_module.Engine(on_cpu, statistics, ONE)._steps_to_record == float("inf")
+
+
+class WithoutDevice(TorchFunctionMode):
+    """Notes who makes a tensor without saying where: on the host, from which a graph cannot copy."""
+
+    MAKERS = (
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "arange",
+        "tensor",
+        "as_tensor",
+        "eye",
+        "linspace",
+        "from_numpy",
+        "rand",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in self.MAKERS and kwargs.get("device") is None:
+            self.found.append(traceback.format_stack(limit=4)[0])
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model": {"activation": "blocks"}, "optim": {"centring": "sinkhorn"}}],
+    ids=["plain", "others"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_in_a_recorded_step_is_made_on_the_host(
+    image_folder: Path, precision: str, changes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backward(loss: Tensor) -> None:
+        run_backward = torch.autograd.Variable._execution_engine.run_backward
+        one = torch.ones_like(loss)
+        run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+    config = tiny_config(precision=precision)
+    config = replace(config, model=replace(config.model, drop_path=0.5))
+    for section, values in changes.items():
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    engine, _ = run(image_folder, config, 1)
+    inputs = engine._inputs(1, _batches(image_folder, config, engine))
+    monkeypatch.setattr(
+        Tensor, "backward", backward
+    )  # a mode is off in the functions it sees, as the plain one is
+    with WithoutDevice() as mode:
+        engine._update(engine._sums(engine._gradients(inputs)), 1)
+    assert mode.found == []
+    engine.model.mask_token.register_hook(lambda g: g * torch.ones(()))  # backward passes are seen, too
+    with WithoutDevice() as mode:
+        engine._gradients(inputs)
+    assert len(mode.found) == 1
 
 
 @needs_cuda

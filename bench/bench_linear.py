@@ -1,4 +1,4 @@
-"""linear in float32, forward and backward, against F.linear at a ViT-S block's shapes."""
+"""linear, forward and backward, against F.linear at a ViT-S block's shapes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_distill_loss import peak_flops
-from compare import all_close, compare
+from compare import all_close, compare, near, needs_bfloat16
 from torch import Tensor
 
 from pera_fast import ops
 from pera_fast.ops import _dispatch
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 @pytest.mark.parametrize(("features", "dim"), [(384, 1152), (384, 384), (1536, 384)])
-def bench_linear(benchmark, features: int, dim: int) -> None:
+def bench_linear(benchmark, features: int, dim: int, dtype: str) -> None:
     rows = 2784  # four images' student tokens
     torch.manual_seed(0)
-    x, weight = (
-        torch.randn(rows, features, requires_grad=True),
-        torch.randn(dim, features, requires_grad=True),
+    x, weight, bias, gradient = (
+        torch.randn(shape).to(getattr(torch, dtype))
+        for shape in ((rows, features), (dim, features), (dim,), (rows, dim))
     )
-    bias, gradient = torch.randn(dim, requires_grad=True), torch.randn(rows, dim)
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
 
     def run(function) -> list[Tensor]:  # type: ignore[no-untyped-def]
         out = function(x, weight, bias)
@@ -29,7 +31,23 @@ def bench_linear(benchmark, features: int, dim: int) -> None:
 
     compare(
         benchmark, op="linear", backend=_dispatch.resolve("linear", "cpu").backend, peer="F.linear",
-        ours=lambda: run(ops.linear), theirs=lambda: run(F.linear), same=all_close(1e-2), pairs=9,
-        flops=6 * rows * features * dim, peak_flops=peak_flops("float32"),
+        ours=lambda: run(ops.linear), theirs=lambda: run(F.linear), pairs=15,
+        same=near if dtype == "bfloat16" else all_close(1e-2),
+        flops=6 * rows * features * dim, peak_flops=peak_flops(dtype), dtype=dtype,
         shape=f"{rows} rows, {features} to {dim}, fwd+bwd",
+    )  # fmt: skip
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("features", "dim"), [(384, 1152), (384, 384), (384, 1536), (1536, 384)])
+def bench_linear_forward(benchmark, features: int, dim: int) -> None:
+    """The teacher's products, which need no gradient."""
+    rows = 4504  # four images' teacher tokens
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, features), (dim, features), (dim,)))
+    compare(
+        benchmark, op="linear", backend=_dispatch.resolve("linear", "cpu").backend, peer="F.linear",
+        ours=lambda: ops.linear(x, weight, bias), theirs=lambda: F.linear(x, weight, bias), pairs=25,
+        same=lambda a, b: near([a], [b]), flops=2 * rows * features * dim, peak_flops=peak_flops("bfloat16"),
+        dtype="bfloat16", shape=f"{rows} rows, {features} to {dim}, forward",
     )  # fmt: skip

@@ -41,13 +41,13 @@ def test_autocast_decides_the_dtype() -> None:
     assert ops.linear(x, weight, bias).dtype == torch.float32
 
 
-@pytest.mark.parametrize("is_fast", [False, True])
-@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (300, 384, 129)])
+@pytest.mark.parametrize("traits", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (1024, 384, 129)])
 def test_bfloat16_with_and_without_instructions(
-    rows: int, features: int, dim: int, is_fast: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, features: int, dim: int, traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three-way, under autocast from float32 and on bfloat16 tensors."""
-    monkeypatch.setattr(linear_module, "_traits", lambda: (False, is_fast))
+    """Three-way, under autocast from float32 and on bfloat16 tensors. traits: convolutions are quick, bfloat16 is."""
+    monkeypatch.setattr(linear_module, "_traits", lambda: traits)
     inputs = [torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)]
 
     def under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -61,11 +61,14 @@ def test_bfloat16_with_and_without_instructions(
     three_way(ops.linear, F.linear, *(x.bfloat16() for x in inputs), slack=2e-3)
 
 
-def test_what_is_kept_for_the_backward_pass_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "_traits", lambda: (False, False))
+@pytest.mark.parametrize("traits", [(False, False), (True, True)])
+def test_what_is_kept_for_the_backward_pass_is_bfloat16(
+    traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_traits", lambda: traits)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+        x, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
             ops.linear(x, weight)
     assert [k.dtype for k in kept] == [torch.bfloat16] * 2

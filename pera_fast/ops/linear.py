@@ -35,18 +35,26 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if on != "cpu" or len(x) == 0:
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
-    if dtype == torch.bfloat16 and not _traits()[1]:
-        return _Wide.apply(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
+    if dtype == torch.bfloat16 and (not _traits()[1] or (_traits()[0] and len(x) >= _MANY_ROWS)):
+        return _Bfloat16.apply(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
     if dtype == x.dtype == weight.dtype == torch.float32:
         return _float32(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+# A convolution takes the bias along, for which F.linear has a pass of its own in bfloat16; of few rows, as in the
+# heads, it is slower (bench_linear.py).
+_MANY_ROWS = 1024
+
+
 def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _traits()[0]:
-        return F.linear(x, weight, bias)
-    # As a convolution of one pixel, oneDNN takes the product and those of the gradients, where F.linear goes to
-    # MKL. With AVX-512 on an AMD processor that is twice as fast, with AVX2 half as fast (bench_linear.py).
+    # oneDNN also takes the products of the gradients, where F.linear goes to MKL. With AVX-512 on an AMD processor
+    # that is twice as fast, with AVX2 half as fast (bench_linear.py).
+    return _convolution(x, weight, bias) if _traits()[0] else F.linear(x, weight, bias)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product as a convolution of one pixel."""
     pixels = x.contiguous().view(1, len(x), 1, -1).permute(0, 3, 1, 2)
     kernel = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
     return F.conv2d(pixels, kernel, bias).permute(0, 2, 3, 1).reshape(len(x), -1)
@@ -54,21 +62,23 @@ def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _traits() -> tuple[bool, bool]:
-    """Whether oneDNN is the faster library in float32, and whether bfloat16 products have instructions."""
+    """Whether oneDNN's convolution is the faster product, and whether bfloat16 products have instructions."""
     if _library.why_no_cpp() is not None:
         return False, True
     traits = torch.ops.pera_fast
     return traits.is_amd() and traits.isa() >= 2, traits.has_bfloat16()
 
 
-class _Wide(torch.autograd.Function):
-    """A product of bfloat16 taken in float32: without instructions for it, torch's own is up to a hundred times
-    slower. Operands and results are bfloat16, what is kept for the backward pass too."""
+class _Bfloat16(torch.autograd.Function):
+    """A product of bfloat16 as a convolution, or, without instructions for it, in float32: torch's own is then up to
+    a hundred times slower. Operands and results are bfloat16, what is kept for the backward pass too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         with torch.autocast("cpu", enabled=False):
+            if _traits()[1]:
+                return _convolution(x, weight, bias)
             wide = None if bias is None else bias.float()
             return _float32(x.float(), weight.float(), wide).bfloat16()
 
@@ -76,12 +86,14 @@ class _Wide(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide, (of_x, of_weight, of_bias) = gradient.float(), ctx.needs_input_grad
+        if not _traits()[1]:
+            gradient, x, weight = gradient.float(), x.float(), weight.float()
+        of_x, of_weight, of_bias = ctx.needs_input_grad
         with torch.autocast("cpu", enabled=False):
             return (
-                (wide @ weight.float()).bfloat16() if of_x else None,
-                (wide.T @ x.float()).bfloat16() if of_weight else None,
-                wide.sum(0).bfloat16() if of_bias else None,
+                (gradient @ weight).bfloat16() if of_x else None,
+                (gradient.T @ x).bfloat16() if of_weight else None,
+                gradient.sum(0).bfloat16() if of_bias else None,
             )
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,9 +172,17 @@ def _xformers(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     from xformers.ops import fmha
 
     query, key, value = qkv[None].unbind(2)
-    lengths = [length for sequences, length in groups for _ in range(sequences)]
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=qkv.device)
+    mask = _block_diagonal(tuple(map(tuple, groups)), qkv.device)
     return fmha.memory_efficient_attention(query, key, value, attn_bias=mask, scale=scale)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device) -> Any:
+    """xformers' description of the groups, whose numbers are copied to the device: not in every call."""
+    from xformers.ops import fmha
+
+    lengths = [length for sequences, length in groups for _ in range(sequences)]
+    return fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
 def _why_no_xformers() -> str | None:

@@ -16,13 +16,20 @@ from pera_fast import ops
 linear_module = sys.modules["pera_fast.ops.linear"]  # the function of that name hides it
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (300, 384, 129)])
+@pytest.mark.parametrize(("backend", "is_amd"), [("torch", False), ("torch", True), ("reference", False)])
+@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (307, 384, 129)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_error_against_float64_is_no_larger_than_eager_pytorch(
-    backend: str, rows: int, features: int, dim: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    is_amd: bool,
+    rows: int,
+    features: int,
+    dim: int,
+    has_bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PERA_FAST_BACKEND", f"linear={backend}")
+    monkeypatch.setattr(linear_module, "_traits", lambda: (is_amd, True))
     inputs = [torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)][: 2 + has_bias]
     three_way(ops.linear, F.linear, *inputs, slack=1e-6)
 

@@ -35,29 +35,24 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if on != "cpu" or len(x) == 0:
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
-    if dtype == torch.bfloat16 and (not _traits()[1] or (_traits()[0] and len(x) >= _MANY_ROWS)):
-        return _Bfloat16.apply(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
-    if dtype == x.dtype == weight.dtype == torch.float32:
-        return _float32(x, weight, bias)
+    of_one_dtype = dtype == torch.bfloat16 or dtype == x.dtype == weight.dtype == torch.float32
+    if of_one_dtype and (_is_convolution(len(x), dtype) or _is_wide(dtype)):
+        return _Product.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return F.linear(x, weight, bias)
 
 
-# A convolution takes the bias along, for which F.linear has a pass of its own in bfloat16; of few rows, as in the
-# heads, it is slower (bench_linear.py).
-_MANY_ROWS = 1024
+# With AVX-512 on an AMD processor, oneDNN's convolution of one pixel is quicker from so many rows on: F.linear goes to
+# MKL in float32, and in bfloat16 has a pass of its own for the bias. With AVX2 it is half as fast (bench_linear.py).
+_ROWS = {torch.float32: 160, torch.bfloat16: 1024}
 
 
-def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # oneDNN also takes the products of the gradients, where F.linear goes to MKL. With AVX-512 on an AMD processor
-    # that is twice as fast, with AVX2 half as fast (bench_linear.py).
-    return _convolution(x, weight, bias) if _traits()[0] else F.linear(x, weight, bias)
+def _is_convolution(rows: int, dtype: torch.dtype) -> bool:
+    return _traits()[0] and rows >= _ROWS[dtype]
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as a convolution of one pixel."""
-    pixels = x.contiguous().view(1, len(x), 1, -1).permute(0, 3, 1, 2)
-    kernel = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
-    return F.conv2d(pixels, kernel, bias).permute(0, 2, 3, 1).reshape(len(x), -1)
+def _is_wide(dtype: torch.dtype) -> bool:
+    """Without instructions for bfloat16, torch's products of it are up to a hundred times slower than float32's."""
+    return dtype == torch.bfloat16 and not _traits()[1]
 
 
 @functools.cache
@@ -69,32 +64,58 @@ def _traits() -> tuple[bool, bool]:
     return traits.is_amd() and traits.isa() >= 2, traits.has_bfloat16()
 
 
-class _Bfloat16(torch.autograd.Function):
-    """A product of bfloat16 as a convolution, or, without instructions for it, in float32: torch's own is then up to
-    a hundred times slower. Operands and results are bfloat16, what is kept for the backward pass too."""
+class _Product(torch.autograd.Function):
+    """A product of one dtype, each of its three parts as it is quickest; what is kept for the backward pass is of
+    that dtype, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        dtype = x.dtype
         with torch.autocast("cpu", enabled=False):
-            if _traits()[1]:
-                return _convolution(x, weight, bias)
-            wide = None if bias is None else bias.float()
-            return _float32(x.float(), weight.float(), wide).bfloat16()
+            if _is_wide(dtype):
+                x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+            if not _is_convolution(len(x), x.dtype):
+                return F.linear(x, weight, bias).to(dtype)
+            pixels = _as_pixels(x)
+            rows = F.conv2d(pixels, _as_kernel(weight), bias).permute(0, 2, 3, 1).reshape(len(x), -1)
+            return rows.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        if not _traits()[1]:
+        dtype = x.dtype
+        if _is_wide(dtype):
             gradient, x, weight = gradient.float(), x.float(), weight.float()
         of_x, of_weight, of_bias = ctx.needs_input_grad
         with torch.autocast("cpu", enabled=False):
             return (
-                (gradient @ weight).bfloat16() if of_x else None,
-                (gradient.T @ x).bfloat16() if of_weight else None,
-                gradient.sum(0).bfloat16() if of_bias else None,
+                _input_gradient(gradient, x, weight).to(dtype) if of_x else None,
+                # As a convolution's, a third as fast where the rows have no good divisor.
+                (gradient.T @ x).to(dtype) if of_weight else None,
+                gradient.sum(0).to(dtype) if of_bias else None,
             )
+
+
+def _input_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if gradient.dtype != torch.float32 or not _is_convolution(len(gradient), gradient.dtype):
+        return gradient @ weight
+    # What conv2d's own backward pass calls, for one of its three gradients.
+    of_pixels = torch.ops.aten.convolution_backward(
+        _as_pixels(gradient), _as_pixels(x), _as_kernel(weight), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+        [True, False, False],
+    )[0]  # fmt: skip
+    return of_pixels.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def _as_pixels(rows: Tensor) -> Tensor:
+    """[R, F] as an image of R pixels with F channels, which come last in memory."""
+    return rows.contiguous().view(1, 1, *rows.shape).permute(0, 3, 1, 2)
+
+
+def _as_kernel(weight: Tensor) -> Tensor:
+    return weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
 
 
 _dispatch.register("linear", "torch", _library_product)

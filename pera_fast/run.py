@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ class Run:
     def after_step(self, step: int, report: StepReport, batches: Sequence[Batch], waited: float) -> None:
         """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
         run, done = self.config.run, step + 1
+        if (
+            step == self.start_step and self.world.device.type == "cpu"
+        ):  # the reading workers have been started
+            _keep_freed_memory()
         if self._profiler is not None:
             self._profiler.step()
         self._count_bad(batches)
@@ -475,6 +480,23 @@ def move_aside(out: Path) -> None:
         number += 1
     out.rename(aside)
     _log.info("the earlier run in %s is now in %s", out, aside)
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc keep what one step frees for the next, unless the environment says how it works.
+
+    To give large blocks back and have them zeroed anew takes a twentieth of a ViT-S step and a tenth of a ViT-Ti one.
+    glibc's; others are left as they are.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

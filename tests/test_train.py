@@ -263,3 +263,33 @@ def test_threads_wait_without_spinning() -> None:
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True
         )
         assert done.stdout.strip() == expected, done.stderr
+
+
+FAULTS = """
+import platform, resource, sys, torch
+from pera_fast.run import _keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**22)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+_keep_freed_memory()
+faults()
+print(platform.libc_ver()[0], before, faults())
+"""
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_freed_memory_is_kept_for_the_next_step(is_set: bool) -> None:
+    names = ("MALLOC_", "GLIBC_TUNABLES")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    if is_set:
+        environment["MALLOC_TOP_PAD_"] = "0"
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, env=environment)
+    libc, before, after = done.stdout.split()
+    if libc != "glibc" or int(before) < 100:
+        pytest.skip(f"{libc}'s malloc, {before} page faults")
+    assert int(after) * 10 < int(before) if not is_set else int(after) * 2 > int(before)

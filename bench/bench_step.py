@@ -36,6 +36,7 @@ BF16 = pytest.param("bf16", marks=needs_bfloat16)
         ("vit_s", 2, 8192, 0.0, PEERS[2]),
         ("vit_ti", 4, 65536, 0.3, PEERS[2]),
         ("vit_s", 4, 65536, 0.3, PEERS[0]),
+        ("vit_s", 4, 65536, 0.3, PEERS[1]),
         ("vit_s", 4, 65536, 0.3, PEERS[2]),
     ],
 )

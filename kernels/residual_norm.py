@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_WARPS = 4
-ROWS = 16  # of one program in the backward pass, which share its sums for weight and bias
+ROWS = 32  # of one program in the backward pass, which share its sums for weight and bias
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def residual_norm_backward(
     """As torch.ops.pera_fast.residual_norm_backward."""
     count, dim = out.shape
     programs = triton.cdiv(count, ROWS)
-    partial = out.new_zeros(max(programs, 1), 2, dim)
+    partial = None if y_gradient is None else out.new_empty(programs, 2, dim)
     if programs:
         backward_kernel[(programs,)](
             x_gradient, y_gradient, _table(rows, count), scale, _table(next_rows, count), weight, normalised,
@@ -159,5 +159,7 @@ def residual_norm_backward(
             next_rows is not None, weight is not None, ROWS, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
         )  # fmt: skip
     for which, target in enumerate((weight_gradient, bias_gradient)):
-        if target is not None:
+        if target is not None and partial is not None:
             torch.sum(partial[:, which], 0, out=target)
+        elif target is not None:
+            target.zero_()

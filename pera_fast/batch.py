@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pera_fast.config import Config, ConfigError
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
-from pera_fast.plan import GB, MARGIN, largest_batch, line_through, plan, synthetic_patches
+from pera_fast.plan import GB, MARGIN, input_bytes, largest_batch, line_through, plan, synthetic_patches
 
 _log = logging.getLogger("pera_fast")
 _MOST_ON_CPU = 64
@@ -37,6 +39,8 @@ def choose(engine: Engine, config: Config, world: World) -> tuple[Config, float 
         found = (
             fit_on_gpu(engine, config, world) if world.device.type == "cuda" else fit_on_cpu(config, world)
         )
+    elif world.device.type == "cuda":
+        _allocate(engine)
     most = run.images if found is None else found.images
     if run.global_batch is not None:
         most, accumulate = share_out(run.global_batch, world.ranks, most)
@@ -71,14 +75,18 @@ def fit_on_cpu(config: Config, world: World) -> Fit:
 def fit_on_gpu(engine: Engine, config: Config, world: World) -> Fit:
     """By steps of a few images, measured; every rank takes what fits the fullest GPU."""
     device = world.device
+    beside = input_bytes(config, max(np.dtype(name).itemsize for name in engine.statistics.low))
 
     def measure(images: int) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        engine.probe(synthetic_patches(config, images, device))
-        return torch.cuda.max_memory_allocated(device)
+        try:
+            engine.probe(synthetic_patches(config, images, device))
+        except torch.OutOfMemoryError:
+            return math.inf
+        return torch.cuda.max_memory_allocated(device) + images * beside
 
-    engine.optimizer.allocate()
+    _allocate(engine)
     free, _ = torch.cuda.mem_get_info(device)
     limit = _least(world, free + torch.cuda.memory_reserved(device))
     return fit(lambda images: _most(world, measure(images)), limit)
@@ -87,10 +95,17 @@ def fit_on_gpu(engine: Engine, config: Config, world: World) -> Fit:
 def fit(measure: Callable[[int], float], limit_bytes: float) -> Fit:
     """The largest batch whose peak, on the line through two small probes and a larger one, fits with a margin.
 
-    measure: most bytes at once in a step of so many images.
+    measure: most bytes at once in a step of so many images, infinity where they do not fit.
     """
-    sizes = [4, 8]
-    peaks = [measure(n) for n in sizes]
+    for sizes in ([4, 8], [1, 2]):
+        peaks = [measure(n) for n in sizes]
+        if max(peaks) < math.inf:
+            break
+    else:
+        raise ConfigError(
+            f"batch_size: expected memory for two images, got {limit_bytes / GB:.2f} GB, of which one step takes "
+            "more; --activation blocks needs less"
+        )
     first = largest_batch(*line_through(sizes, peaks), limit_bytes)
     # Half way: what grows in jumps (kept logits, libraries' workspaces) has grown by then.
     if (half := first // 16 * 8) > sizes[-1]:
@@ -106,6 +121,17 @@ def fit(measure: Callable[[int], float], limit_bytes: float) -> Fit:
         ", ".join(f"{n} images {peak / GB:.2f} GB" for n, peak in zip(sizes, peaks, strict=True)),
     )  # fmt: skip
     return Fit(images, predicted)
+
+
+def _allocate(engine: Engine) -> None:
+    """The optimiser's moments, before anything is measured or begun."""
+    try:
+        engine.optimizer.allocate()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "preset: expected a model whose weights, teacher and moments fit the GPU, got a larger one; --shard all "
+            "shares it out over ranks"
+        ) from error
 
 
 def _enough(images: int, needed: float, limit_bytes: float) -> None:

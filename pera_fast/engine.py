@@ -142,10 +142,7 @@ class Engine:
     def _take_smaller_passes(self, step: int, images: int, failed: int) -> None:
         """After a step for which memory was short on `failed` ranks."""
         self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
-        self._graph = None
-        self.optimizer.zero_grad()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.release()
         if self.world.is_first:
             where = f" on {failed} of {self.world.ranks} ranks" if self.world.ranks > 1 else ""
             _log.warning(
@@ -153,6 +150,13 @@ class Engine:
                 "passes",
                 step + 1, where, images, images // self._passes_per_batch, self._passes_per_batch,
             )  # fmt: skip
+
+    def release(self) -> None:
+        """Let go of a recorded step, of gradients and of what else the steps before have left."""
+        self._graph, self._steps_to_record = None, math.inf
+        self.optimizer.zero_grad()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def probe(self, patches: Patches) -> None:
         """A forward and backward pass that changes nothing, for measuring memory."""
@@ -184,7 +188,8 @@ class Engine:
                 _log.info("the step is recorded in a CUDA graph")
             except RuntimeError as error:  # out of memory is one, too
                 _log.warning("the step is not recorded in a CUDA graph: %s", str(error).splitlines()[0])
-                self.optimizer.zero_grad()
+            if self._graph is None:  # outside of the handler, whose traceback holds what was made
+                self.release()
         return self._graph
 
     def _gradients(self, inputs: list[Input]) -> list[Losses]:

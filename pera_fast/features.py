@@ -113,10 +113,18 @@ def extract(
     waiting: list[Tensor] = []
 
     def flush() -> None:
-        # bfloat16 here would make the neighbours of close calls depend on the machine.
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            rows.append(backbone(torch.stack(waiting).to(device))[0].float().cpu())
-        waiting.clear()
+        nonlocal batch_size
+        while waiting:
+            few = waiting[:batch_size]
+            try:
+                # bfloat16 here would make the neighbours of close calls depend on the machine.
+                with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+                    rows.append(backbone(torch.stack(few).to(device))[0].float().cpu())
+                del waiting[: len(few)]
+            except torch.OutOfMemoryError:  # a training step beside it may have left little
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
 
     bar = tqdm(total=len(tiles), unit="tile", disable=not progress, leave=False)
     for tile, image in _inputs(tiles, config, statistics):
@@ -126,7 +134,7 @@ def extract(
             continue
         waiting.append(image)
         labels.append(tile.label or "")
-        if len(waiting) == batch_size:
+        if len(waiting) >= batch_size:
             flush()
     if waiting:
         flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,10 +18,19 @@ def record_on_gpu(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], 
 
     The current stream must not be the default one: gradients are summed on the stream that made them.
     """
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the loader's thread may pin memory meanwhile.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        output = function()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream = torch.cuda.current_stream()
+    try:
+        # thread_local: the loader's thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = function()
+    except BaseException:
+        # torch 2.11 leaves the pool open where what was recorded is not valid: it would keep its memory for good, and
+        # nothing that another stream has used could be freed any more. Raises where torch has closed it.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        raise
     return output, graph.replay
 
 

@@ -11,7 +11,7 @@ import json
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,16 @@ def plan(config: Config) -> Plan:
     with torch.device("meta"):
         parameters = sum(p.numel() for _, p, _ in PerA(config).ema_pairs())
     return Plan(parameters, round(fixed), round(per_image), flop_per_image(config))
+
+
+def input_bytes(config: Config, itemsize: int = 1) -> int:
+    """Bytes of an image on a GPU besides what a pass holds: its pixels, of this batch and of the next, which is
+    copied ahead, and its patches a second time where steps are recorded. itemsize: bytes of a pixel's band."""
+    source = config.model.in_bands * config.data.window_px**2 * itemsize
+    if not config.run.cuda_graph or config.run.shard != "none":
+        return 2 * source
+    groups, *rows = synthetic_patches(config, 1, torch.device("meta"))
+    return 2 * source + sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
 
 
 def peak_bytes(config: Config, images: int) -> int:
@@ -211,6 +221,8 @@ def main() -> None:
     found = plan(config)
     facts: dict[str, Any] = asdict(found)
     if memory is not None:
+        found = replace(found, bytes_per_image=found.bytes_per_image + input_bytes(config))
+        facts = asdict(found)
         facts["gpu_memory"] = memory * GB
         facts["largest_batch"] = batch = found.largest_batch(memory * GB)
         facts["bytes_at_largest_batch"] = found.bytes_at(batch)

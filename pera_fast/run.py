@@ -186,6 +186,7 @@ class Run:
 
     def finish(self) -> None:
         """k-NN against the untrained network where there is something to classify, and the report."""
+        self.engine.release()  # memory that a recorded step keeps to itself
         if not self.world.is_first:
             return
         found = checkpoint.Checkpoint.open(self.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.engine import Engine, TrainingStopped
 from pera_fast.model.pera import PerA
-from pera_fast.plan import MARGIN, synthetic_patches
+from pera_fast.plan import MARGIN, input_bytes, synthetic_patches
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,18 @@ def test_auto_with_a_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.run.batch_size, config.run.accumulate, predicted) == (16, 4, None)
     config, predicted = choose(None, tiny_config(batch_size="auto"), ONE)  # type: ignore[arg-type]
     assert (config.run.batch_size, config.run.accumulate, predicted) == (24, 1, 1e9)
+
+
+def test_fewer_images_are_probed_where_four_do_not_fit() -> None:
+    probed = []
+
+    def measure(images: int) -> float:
+        probed.append(images)
+        return 1e9 + images * 1e9 if images < 4 else math.inf
+
+    assert fit(measure, 6e9).images == 4 and probed == [4, 8, 1, 2]
+    with pytest.raises(ConfigError, match="batch_size: expected memory for two images, got 6.00 GB"):
+        fit(lambda images: math.inf, 6e9)
 
 
 def fails_above(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +196,7 @@ def test_auto_on_a_gpu_foresees_the_peak(monkeypatch: pytest.MonkeyPatch) -> Non
     engine.probe(synthetic_patches(config, found.images, device))
     peak = torch.cuda.max_memory_allocated(device)
     assert found.images % 8 == 0 and peak <= limit
-    assert found.predicted_bytes == pytest.approx(peak, rel=0.05)
+    assert found.predicted_bytes == pytest.approx(peak + found.images * input_bytes(config), rel=0.05)
 
 
 def test_ranks_take_what_fits_the_fullest() -> None:

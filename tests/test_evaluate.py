@@ -220,6 +220,21 @@ def test_error_ends_the_command_with_one_sentence(tmp_path: Path, folders: tuple
     assert done.stderr == f"error: checkpoint: expected a checkpoint or a run with one, got {missing}\n"
 
 
+def test_little_memory_takes_smaller_batches(tmp_path: Path) -> None:
+    class Small(MeanColour):
+        def forward(self, images: Tensor) -> tuple[Tensor, None]:
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(images)
+
+    tiles = evaluate.class_folder_tiles(class_folders(tmp_path, 5))
+    plain, small = (
+        extract(net, tiles, CONFIG, STATISTICS, CPU, batch_size=7)  # type: ignore[arg-type]
+        for net in (MeanColour(), Small())
+    )
+    assert len(plain.cls) == 15 and torch.equal(small.cls, plain.cls) and small.labels == plain.labels
+
+
 def test_errors_name_what_is_wrong(
     saved: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

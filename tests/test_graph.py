@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ONE, needs_cuda, tiny_config
+from conftest import ONE, ROOT, needs_cuda, tiny_config
 from test_engine import assert_near, run, state
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -238,6 +239,20 @@ def test_nothing_in_a_recorded_step_is_made_on_the_host(
     with WithoutDevice() as mode:
         engine._gradients(inputs)
     assert len(mode.found) == 1
+
+
+def test_no_tensor_is_indexed_by_a_list() -> None:
+    """Which is copied from the host, out of sight of every mode: no recording survives it."""
+    files = [ROOT / "pera_fast" / name for name in ("engine.py", "optim.py", "replicas.py")]
+    for folder in ("pera_fast/ops", "pera_fast/model", "kernels"):
+        files += (ROOT / folder).glob("*.py")
+    found = [
+        f"{file.name}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.List)
+    ]
+    assert len(files) > 20 and found == []
 
 
 @needs_cuda

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,10 @@ def why_no_cuda() -> str | None:
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """None when Triton is installed and sees a GPU, else the reason."""
+    """None when Triton is installed, sees a GPU and can compile what launches its kernels, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return None if torch.cuda.is_available() else "no GPU visible"
+    if not torch.cuda.is_available():
+        return "no GPU visible"
+    has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return None if has_compiler else "Triton needs a C compiler"

@@ -29,10 +29,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def chunks_of(prototypes: int, rows: int, dtype: torch.dtype, device: str) -> list[slice]:
-    """The prototypes in slices of a power of two from 256 to 4096 (CPU) or 16384 (GPU)."""
+    """The prototypes in slices of a power of two from 256 to 4096 (CPU) or 4096 to 16384 (GPU)."""
     fitting = CHUNK_BYTES[device] // (rows * dtype.itemsize)
-    most = 4096 if device == "cpu" else 16384
-    size = 2 ** int(math.log2(min(max(fitting, 256), most)))
+    # A GPU's program takes 32 prototypes: fewer than 4096 would leave multiprocessors idle, however many the rows.
+    least, most = (256, 4096) if device == "cpu" else (4096, 16384)
+    size = 2 ** int(math.log2(min(max(fitting, least), most)))
     return [slice(start, min(start + size, prototypes)) for start in range(0, prototypes, size)]
 
 

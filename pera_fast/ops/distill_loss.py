@@ -217,7 +217,7 @@ def _forward(
             kept_student, state,
         )  # fmt: skip
     else:
-        state[[0, 3]] = -torch.inf
+        state[::3].fill_(-torch.inf)  # the maxima; by a list of indices it would be a copy from the host
         for chunk in _prototypes.chunks_of(prototypes, len(z_s), dtype, z_s.device.type):
             raw = []
             for z, v, g, scale, kept in (

@@ -192,13 +192,12 @@ def _why_no_xformers() -> str | None:
 
 
 def _sdpa(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
-    outputs, start = [], 0
-    for sequences, length in groups:
-        part = qkv[start : start + sequences * length].unflatten(0, (sequences, length))
-        query, key, value = part.permute(2, 0, 3, 1, 4)
+    outputs = []
+    # Split, since slices' gradients are each as large as the whole and added up.
+    for part, group in zip(qkv.split([n * length for n, length in groups]), groups, strict=True):
+        query, key, value = part.unflatten(0, group).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start += sequences * length
     return torch.cat(outputs) if outputs else qkv[:, 0]
 
 

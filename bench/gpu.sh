@@ -51,8 +51,9 @@ part ops 150 "$PYTHON" -m pytest -q -k "cuda or gpu or triton" tests/test_device
   tests/test_crop_patches.py tests/test_patch_embed.py tests/test_packed_attention.py tests/test_residual_norm.py \
   tests/test_distill_loss.py tests/test_koleo.py tests/test_adamw_ema.py tests/test_ema_update.py \
   tests/test_grad_norm.py tests/test_shapes.py
-part engine 90 "$PYTHON" -m pytest -q -k "cuda or gpu" tests/test_engine.py tests/test_graph.py tests/test_batch.py \
-  tests/test_model.py tests/test_optim.py tests/test_loader.py
+part engine 90 "$PYTHON" -m pytest -q -k "cuda or gpu" tests/test_engine.py tests/test_batch.py tests/test_model.py \
+  tests/test_optim.py tests/test_loader.py
+part graph 60 "$PYTHON" -m pytest -q -k "cuda or gpu" tests/test_graph.py  # apart: a failed recording may leave traces
 benchmark bench_step 120
 part vit_b 90 "$PYTHON" -m pera_fast.train --preset vit_b --data pera_fast/demo --device cuda --max-steps 20 \
   --log-every 1 --profile 5 --out "$work/vit_b"

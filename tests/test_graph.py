@@ -256,6 +256,25 @@ def test_no_tensor_is_indexed_by_a_list() -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("changes", [{}, {"optim": {"centring": "sinkhorn"}}], ids=["ema", "sinkhorn"])
+def test_a_step_on_cuda_waits_for_nothing(image_folder: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """What waits raises where it does, which a failed recording would not tell."""
+    torch.cuda.set_stream(torch.cuda.Stream())
+    config = tiny_config(device="cuda", precision="bf16")
+    config = replace(config, model=replace(config.model, drop_path=0.5))
+    for section, values in changes.items():
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    engine, _ = run(image_folder, config, 2, on=World(0, 1, torch.device("cuda")))
+    inputs = engine._inputs(2, _batches(image_folder, config, engine))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine._update(engine._sums(engine._gradients(inputs)), 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_recorded_on_a_gpu(image_folder: Path, accumulate: int) -> None:
     """Fifteen steps with the graph from the twelfth on are fifteen steps without it."""

@@ -22,10 +22,9 @@ from pera_fast.ops import _library
 
 ROOT = Path(__file__).parent.parent
 # Elsewhere torch's products of bfloat16 take a hundred times as long as those of float32.
-needs_bfloat16 = pytest.mark.skipif(
-    _library.why_no_cpp() is None and not torch.ops.pera_fast.has_bfloat16(),
-    reason="this processor has no bfloat16 instructions",
-)
+HAS_BFLOAT16 = _library.why_no_cpp() is not None or torch.ops.pera_fast.has_bfloat16()
+NO_BFLOAT16 = "this processor has no bfloat16 instructions"
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason=NO_BFLOAT16)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 

@@ -45,7 +45,7 @@ PERA_FAST_HOST_DEVICE AdamWEMACoefficients adamw_ema_prepare(
   const double correction1 = 1.0 - pow(options.beta1, static_cast<double>(*step));
   const double correction2 = 1.0 - pow(options.beta2, static_cast<double>(*step));
   c.clip = static_cast<float>(clip < 1.0 ? clip : 1.0);
-  c.decay = static_cast<float>(1.0 - hyper[0] * hyper[1]);
+  c.decay = static_cast<float>(1.0 - multiply(hyper[0], hyper[1]));
   c.beta1_rest = static_cast<float>(1.0 - options.beta1);
   c.beta2 = static_cast<float>(options.beta2);
   c.beta2_rest = static_cast<float>(1.0 - options.beta2);

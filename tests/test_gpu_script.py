@@ -33,7 +33,7 @@ def ran(tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
         **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "OUT": str(out),
         "SAVED": str(tmp_path / "nvidia-some.json"),
     }  # fmt: skip
-    script = (ROOT / "bench/gpu.sh").read_text().replace("part engine 90", "part engine 1")
+    script = (ROOT / "bench/gpu.sh").read_text().replace("part engine 60", "part engine 1")
     assert "part engine 1 " in script
     copy = tmp_path / "bench/gpu.sh"
     copy.parent.mkdir()
@@ -55,7 +55,7 @@ def test_what_it_leaves(ran: tuple[subprocess.CompletedProcess[str], Path]) -> N
     for name in ended:
         assert f"===== {name}: " in log
     assert "one failed" in log and "one failed" in done.stdout
-    assert json.loads((out / "results.json").read_text())["of"].endswith("bench/bench_disjoint_masks.py")
+    assert json.loads((out / "results.json").read_text())["of"].endswith("bench/bench_residual_norm.py")
 
 
 def test_every_benchmark_of_the_script_has_one_for_a_gpu() -> None:

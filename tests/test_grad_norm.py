@@ -89,9 +89,9 @@ def test_opcheck() -> None:
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda(dtype: torch.dtype) -> None:
+    on_device = gradients(dtype, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        on_device = gradients(dtype, "cuda")
         norm = ops.grad_norm(on_device)
         again = ops.grad_norm(on_device)
     finally:

@@ -171,7 +171,7 @@ def test_a_pass_never_waits_for_the_device() -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_pass_can_be_captured_in_a_graph(precision: str) -> None:
+def test_a_pass_on_a_gpu_can_be_captured(precision: str) -> None:
     """Forward and backward, replayed: the gradients of the pass itself."""
     config = tiny_config(precision=precision)
     model = PerA(config).cuda()
@@ -188,6 +188,7 @@ def test_a_pass_can_be_captured_in_a_graph(precision: str) -> None:
         return losses.total.detach()
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # lazily made workspaces are made outside of the graph
         for _ in range(3):
             plain = once()

@@ -82,11 +82,10 @@ def flat(first: str, written: Lists, read: Lists) -> list[list[Tensor]]:
 
 def scalars(device: torch.device, *values: float | Tensor) -> Tensor:
     """float64 [n] on `device`, of numbers and 0-d tensors, which are not waited for."""
-    if all(isinstance(value, Tensor) for value in values):
-        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-    known = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64)
-    known = known.to(device, non_blocking=True)
-    for i, value in enumerate(values):
+
+    def on_device(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
-            known[i] = value
-    return known
+            return value.to(device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=device)  # not copied from the host
+
+    return torch.stack([on_device(value) for value in values])

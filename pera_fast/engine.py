@@ -153,7 +153,7 @@ class Engine:
 
     def release(self) -> None:
         """Let go of a recorded step, of gradients and of what else the steps before have left."""
-        self._graph, self._steps_to_record = None, math.inf
+        self._graph = None
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,8 @@ def bench_largest_batch_gpu(benchmark) -> None:
     for name, side in (("largest_batch", 0), ("peer_largest_batch", 1)):
         peaks = []
         for images in (16, 32):
-            step = sides(config_of("vit_b", 131072, 0.3, "bf16"), images, PEERS[0], "cuda")[side]
+            config = config_of("vit_b", 131072, 0.3, "bf16")
+            step = sides(config, images, PEERS[0], "cuda", ExitStack())[side]  # the other side is let go of
             step()  # moments and workspaces stay
             torch.cuda.reset_peak_memory_stats()
             step()
@@ -83,7 +85,7 @@ def config_of(preset: str, prototypes: int, drop_path: float, precision: str) ->
 
 
 def sides(
-    config: Config, images: int, peer: str, device: str
+    config: Config, images: int, peer: str, device: str, closing: ExitStack
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A step of ours from decoded images, and of the peer's from finished views, or from images too with Pillow."""
     engine = Engine(config, statistics(), World(0, 1, torch.device(device)))
@@ -115,6 +117,7 @@ def sides(
     arrays = [image.numpy() for image in decoded.images.views()]
     if device == "cuda":  # whose cores are free for it
         ahead = pillow_augment.Ahead(arrays, decoded.tables, sizes, mean, std, device)
+        closing.enter_context(ahead)
         return ours, lambda: ahead.during(train)
 
     def augment_and_train() -> Tensor:
@@ -130,16 +133,17 @@ def measure(
     config = config_of(preset, prototypes, drop_path, precision)
     if device == "cuda":  # as pera_fast.distributed.world has it, so that the step can be recorded
         torch.cuda.set_stream(torch.cuda.Stream())
-    ours, theirs = sides(config, images, peer, device)
-    rate = {}
-    if device == "cuda":
-        rate["peak_flops"] = peak_flops("bfloat16", "cuda")
-        for _ in range(13):  # the step is recorded on the way
-            ours()
-    backends = ", ".join(sorted({_dispatch.resolve(op, device).backend for op in _dispatch.registered()}))
-    compare(
-        benchmark, op="step", backend=backends, peer=peer, ours=ours, theirs=theirs, device=device, pairs=3,
-        # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.
-        same=None if drop_path else all_close(0.05), dtype=precision, flops=images * flop_per_image(config),
-        images=images, **rate, shape=f"{preset}, {images} images, {prototypes} prototypes, drop path {drop_path}",
-    )  # fmt: skip
+    with ExitStack() as closing:
+        ours, theirs = sides(config, images, peer, device, closing)
+        rate = {}
+        if device == "cuda":
+            rate["peak_flops"] = peak_flops("bfloat16", "cuda")
+            for _ in range(13):  # the step is recorded on the way
+                ours()
+        backends = ", ".join(sorted({_dispatch.resolve(op, device).backend for op in _dispatch.registered()}))
+        compare(
+            benchmark, op="step", backend=backends, peer=peer, ours=ours, theirs=theirs, device=device, pairs=3,
+            # Pillow's 8-bit rounding changes the pixels a little, so the losses agree to a few per cent.
+            same=None if drop_path else all_close(0.05), dtype=precision, flops=images * flop_per_image(config),
+            images=images, **rate, shape=f"{preset}, {images} images, {prototypes} prototypes, drop path {drop_path}",
+        )  # fmt: skip

@@ -219,10 +219,10 @@ def main() -> None:
     memory, as_json, rest = _options(sys.argv[1:])
     config = parse(rest)
     found = plan(config)
-    facts: dict[str, Any] = asdict(found)
     if memory is not None:
         found = replace(found, bytes_per_image=found.bytes_per_image + input_bytes(config))
-        facts = asdict(found)
+    facts: dict[str, Any] = asdict(found)
+    if memory is not None:
         facts["gpu_memory"] = memory * GB
         facts["largest_batch"] = batch = found.largest_batch(memory * GB)
         facts["bytes_at_largest_batch"] = found.bytes_at(batch)

@@ -138,10 +138,8 @@ class Run:
     def after_step(self, step: int, report: StepReport, batches: Sequence[Batch], waited: float) -> None:
         """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
         run, done = self.config.run, step + 1
-        if (
-            step == self.start_step and self.world.device.type == "cpu"
-        ):  # the reading workers have been started
-            _keep_freed_memory()
+        if step == self.start_step and self.world.device.type == "cpu":
+            _keep_freed_memory()  # not before: the workers that read have been started without it
         if self._profiler is not None:
             self._profiler.step()
         self._count_bad(batches)
@@ -483,6 +481,9 @@ def move_aside(out: Path) -> None:
     _log.info("the earlier run in %s is now in %s", out, aside)
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
 def _keep_freed_memory() -> None:
     """Have malloc keep what one step frees for the next, unless the environment says how it works.
 
@@ -495,9 +496,6 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

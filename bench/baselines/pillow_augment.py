@@ -90,7 +90,10 @@ class Ahead:
         self._views = following.result()
         return result
 
-    def close(self) -> None:
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
         self._pool.terminate()
 

@@ -77,9 +77,7 @@ class _Product(torch.autograd.Function):
                 x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
             if not _is_convolution(len(x), x.dtype):
                 return F.linear(x, weight, bias).to(dtype)
-            pixels = _as_pixels(x)
-            rows = F.conv2d(pixels, _as_kernel(weight), bias).permute(0, 2, 3, 1).reshape(len(x), -1)
-            return rows.to(dtype)
+            return _as_rows(F.conv2d(_as_pixels(x), _as_kernel(weight), bias)).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -106,12 +104,17 @@ def _input_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         _as_pixels(gradient), _as_pixels(x), _as_kernel(weight), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
         [True, False, False],
     )[0]  # fmt: skip
-    return of_pixels.permute(0, 2, 3, 1).reshape(x.shape)
+    return _as_rows(of_pixels)
 
 
 def _as_pixels(rows: Tensor) -> Tensor:
     """[R, F] as an image of R pixels with F channels, which come last in memory."""
     return rows.contiguous().view(1, 1, *rows.shape).permute(0, 3, 1, 2)
+
+
+def _as_rows(pixels: Tensor) -> Tensor:
+    """What `_as_pixels` was given."""
+    return pixels.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _as_kernel(weight: Tensor) -> Tensor:

@@ -137,6 +137,9 @@ def _sentence(framed: str) -> str:
     what = (
         " ".join(" ".join(lines[:rule] or framed.split()).split()).removeprefix("Error parsing ").rstrip(".:")
     )
+    if union := re.match(r"(--[\w-]+): no type matching (.+) could be instantiated from \[(.*?)\]", what):
+        option, kinds, got = union.groups()
+        what = f"{option}: expected {re.sub('[{}]', '', kinds).replace('|', ' or ')}, got {got}"
     meant = [match[0] for line in lines[rule:] if (match := re.match(r"--[\w-]+", line))]
     hint = (
         f"; did you mean {' or '.join(meant[:3])}?"

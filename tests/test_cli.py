@@ -74,6 +74,7 @@ def test_a_command_is_its_module() -> None:
     ("arguments", "sentence"),
     [
         (("trian",), "command: expected one of .*, got 'trian'; did you mean train\\?"),
+        (("train", "--batch-size", "banana"), "--batch-size: expected INT or auto, got 'banana'"),
         (("train", "--lr", "banana"), "--lr: could not convert string to float: 'banana'"),
         (("train", "--lrr", "3"), "unrecognized options: --lrr, 3; did you mean --lr\\?"),
         (("train", "--betas", "1"), "missing value for argument '--betas'. Expected 2 values"),

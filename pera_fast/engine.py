@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -93,6 +93,7 @@ class Engine:
         self._gathered = 0  # exchanges of outputs in this step
         self._temperature, self._stop, self._failed = torch.zeros(3, device=device)
         self._graph: StepGraph | None = None
+        self._prepared: tuple[int, Sequence[Batch], list[Input]] | None = None
         can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
         # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
         self._steps_to_record = _WARMUP if can_record and device.type == "cuda" else math.inf
@@ -101,9 +102,18 @@ class Engine:
         self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)
 
     def step(self, step: int, batches: Sequence[Batch], values: StepValues, stop: bool = False) -> StepReport:
+        """`start`, and wait for it."""
+        return self.start(step, batches, values, stop)()
+
+    def start(
+        self, step: int, batches: Sequence[Batch], values: StepValues, stop: bool = False
+    ) -> Callable[[], StepReport]:
         """Update the model from `accumulate` batches; equal to one batch of them all on one rank.
 
         stop: whether this rank was asked to stop, of which every rank's report tells.
+
+        Returns what waits for the device, to be called once, before the next step is started. Meanwhile the host is
+        free to `prepare` that one.
 
         A forward pass that runs out of memory is taken again in smaller ones, on every rank, and so are all after it;
         the result stays that of the whole batch. The second time, or with one image, or where ranks share out the
@@ -112,32 +122,51 @@ class Engine:
         self._temperature.fill_(values.teacher_temperature)
         self._stop.fill_(stop)
         self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
-        while True:
-            self._failed.fill_(0)
-            self._gathered, passes, update = 0, len(batches) * self._passes_per_batch, None
-            try:
-                inputs = self._inputs(step, batches)
-                if graph := self._recorded(inputs):
-                    update = partial(graph, inputs)
-                else:
-                    update = partial(self._update, self._sums(self._gradients(inputs)), passes)
-            except torch.OutOfMemoryError as error:
-                images = len(batches[0]) // self._passes_per_batch
-                if self._passes_per_batch > 1 or images == 1 or self._is_sharded:
-                    raise TrainingStopped(
-                        f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images "
-                        "in a forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all "
-                        "needs less"
-                    ) from error
-            # Outside of the handler, whose traceback holds the tensors of the failed pass.
-            failed = 1
-            if update is None and self._replicas is not None:
-                update = partial(self._update, self._not_finite(batches), passes)
-            if update is not None:
-                report, failed = self._report(update(), passes)
-                if not failed:
-                    return report
-            self._take_smaller_passes(step, len(batches[0]), failed)
+        launched = self._launch(step, batches)
+
+        def report() -> StepReport:
+            read = launched
+            while True:
+                failed = 1
+                if read is not None:
+                    report, failed = self._report(read(), len(batches) * self._passes_per_batch)
+                    if not failed:
+                        return report
+                self._take_smaller_passes(step, len(batches[0]), failed)
+                read = self._launch(step, batches)
+
+        return report
+
+    def prepare(self, step: int, batches: Sequence[Batch]) -> None:
+        """Crop the patches of a step that is started later, with these very batches."""
+        with suppress(torch.OutOfMemoryError):  # the step tries again, and knows what to do
+            self._prepared = step, batches, self._inputs(step, batches)
+
+    def _launch(self, step: int, batches: Sequence[Batch]) -> Callable[[], list[float]] | None:
+        """Have the device take a step: what waits for the numbers of `_update`, None where memory was short.
+
+        On several ranks it is not None: then the numbers tell, for all ranks have to know.
+        """
+        self._failed.fill_(0)
+        self._gathered, passes, update = 0, len(batches) * self._passes_per_batch, None
+        try:
+            inputs = self._inputs_prepared(step, batches)
+            if graph := self._recorded(inputs):
+                update = partial(graph, inputs)
+            else:
+                update = partial(self._update, self._sums(self._gradients(inputs)), passes)
+        except torch.OutOfMemoryError as error:
+            images = len(batches[0]) // self._passes_per_batch
+            if self._passes_per_batch > 1 or images == 1 or self._is_sharded:
+                raise TrainingStopped(
+                    f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images "
+                    "in a forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all "
+                    "needs less"
+                ) from error
+        # Outside of the handler, whose traceback holds the tensors of the failed pass.
+        if update is None and self._replicas is not None:
+            update = partial(self._update, self._not_finite(batches), passes)
+        return None if update is None else _to_host(update())
 
     def _take_smaller_passes(self, step: int, images: int, failed: int) -> None:
         """After a step for which memory was short on `failed` ranks."""
@@ -152,8 +181,8 @@ class Engine:
             )  # fmt: skip
 
     def release(self) -> None:
-        """Let go of a recorded step, of gradients and of what else the steps before have left."""
-        self._graph = None
+        """Let go of a recorded step, of gradients, of what was prepared and of what else the steps before have left."""
+        self._graph = self._prepared = None
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -163,6 +192,13 @@ class Engine:
         self._temperature.fill_(0.04)
         self._gradients([(patches, self._subsets(0, 0, patches))])
         self.optimizer.zero_grad()
+
+    def _inputs_prepared(self, step: int, batches: Sequence[Batch]) -> list[Input]:
+        """`_inputs`, which may be there already."""
+        prepared, self._prepared = self._prepared, None
+        if prepared and prepared[0] == step and prepared[1] is batches:
+            return prepared[2]
+        return self._inputs(step, batches)
 
     def _inputs(self, step: int, batches: Sequence[Batch]) -> list[Input]:
         """Everything of a step that the host has a part in: patches and subsets of each forward pass."""
@@ -257,9 +293,9 @@ class Engine:
         self.model.centre.copy_(torch.where(skipped, self.model.centre, centre))
         return torch.cat((sums[:5], sums[-2:], grad_norm[None], skipped[None]))
 
-    def _report(self, numbers: Tensor, passes: int) -> tuple[StepReport, int]:
-        """Of what `_update` returned, and how many ranks failed; the one place where the host waits for the device."""
-        *sums, stop, failed, norm, skipped = numbers.tolist()
+    def _report(self, numbers: Sequence[float], passes: int) -> tuple[StepReport, int]:
+        """Of what `_update` returned, and how many ranks failed."""
+        *sums, stop, failed, norm, skipped = numbers
         named = ("total", "distill_global", "distill_local", "koleo", "pixel")
         losses = {name: value / (passes * self.world.ranks) for name, value in zip(named, sums, strict=True)}
         losses["distill_local"] /= max(1, self.config.crops.num_local)
@@ -376,3 +412,19 @@ class Engine:
     def _autocast(self) -> torch.autocast:
         enabled = self.config.run.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _to_host(numbers: Tensor) -> Callable[[], list[float]]:
+    """What waits for numbers of the device, and not for what it is given to do after them."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    arrived = torch.cuda.Event()
+    host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait

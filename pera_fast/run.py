@@ -11,11 +11,11 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ from pera_fast.schedules import Schedules, StepValues
 
 _log = logging.getLogger("pera_fast")
 DEMO_SCENES = Path(pera_fast.__file__).parent / "demo"
+
+
+class Read(NamedTuple):
+    """The images of one step."""
+
+    batches: list[Batch]  # one per forward pass
+    waited: float  # seconds in which the device had nothing to do
 
 
 class Run:
@@ -76,18 +83,25 @@ class Run:
         self.records = Records(
             self.out, config, world, self.start_step, self.total_steps, is_new=found is None
         )
+        steps = max(0, self.total_steps - self.start_step)  # a run may go on from beyond --max-steps
+        self._loader = make_loader(
+            self.dataset, self._first_image, steps, world.rank, world.ranks, world.device
+        )  # fmt: skip
         self.asked_to_stop = False
         self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
 
-    def loader(self) -> Generator[Batch, None, None]:
-        """This rank's batches from the start step on, one per forward pass."""
-        steps = max(0, self.total_steps - self.start_step)  # a run may go on from beyond --max-steps
-        self._loader = make_loader(
-            self.dataset, self._first_image, steps, self.world.rank, self.world.ranks, self.world.device
-        )
-        return self._loader
+    def read(self, step: int) -> Read:
+        """This rank's batches of a step, cropped as far as the device is free; nothing after the last step."""
+        if step >= self.total_steps:
+            return Read([], 0.0)
+        started = time.perf_counter()
+        batches = [next(self._loader) for _ in range(self.config.run.accumulate)]
+        is_idle = self.world.device.type == "cpu" or torch.cuda.current_stream().query()
+        waited = time.perf_counter() - started if is_idle else 0.0
+        self.engine.prepare(step, batches)
+        return Read(batches, waited)
 
     def close(self) -> None:
         """Records and reading workers; these would keep a process that an error ends waiting for them."""
@@ -135,14 +149,14 @@ class Run:
         (folder / "ops.txt").write_text(table, encoding="utf-8")
         _log.info("profile: %s", folder)
 
-    def after_step(self, step: int, report: StepReport, batches: Sequence[Batch], waited: float) -> None:
+    def after_step(self, step: int, report: StepReport, read: Read) -> None:
         """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
         run, done = self.config.run, step + 1
         if step == self.start_step and self.world.device.type == "cpu":
             _keep_freed_memory()  # not before: the workers that read have been started without it
         if self._profiler is not None:
             self._profiler.step()
-        self._count_bad(batches)
+        self._count_bad(read.batches)
         if self._predicted_bytes is not None and step == self.start_step + 1:
             peak = _peak_memory_bytes(self.world.device)
             _log.info("peak memory %.2f GB, predicted %.2f GB", peak / 1e9, self._predicted_bytes / 1e9)
@@ -150,7 +164,14 @@ class Run:
         is_logged = done % run.log_every == 0 or done == self.total_steps
         health = self.engine.health() if is_logged and (self.world.is_first or run.shard != "none") else {}
         self.records.step(
-            done, epoch, report, self.values_at(step), self._images_per_step, waited, len(self._bad), health
+            done,
+            epoch,
+            report,
+            self.values_at(step),
+            self._images_per_step,
+            read.waited,
+            len(self._bad),
+            health,
         )
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= run.max_skipped:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from functools import partial
 
 import tyro
@@ -40,15 +39,14 @@ def parse(arguments: list[str]) -> Config:
 def train(config: Config, on: World) -> None:
     """The whole run on one rank."""
     run = Run(config, on)
-    loader = run.loader()
     try:
         with run.watching():
+            read = run.read(run.start_step)
             for step in range(run.start_step, run.total_steps):
-                started = time.perf_counter()
-                batches = [next(loader) for _ in range(run.config.run.accumulate)]
-                waited = time.perf_counter() - started
-                report = run.engine.step(step, batches, run.values_at(step), run.asked_to_stop)
-                run.after_step(step, report, batches, waited)
+                wait = run.engine.start(step, read.batches, run.values_at(step), run.asked_to_stop)
+                following = run.read(step + 1)  # while the device works
+                run.after_step(step, wait(), read)
+                read = following
     finally:
         run.close()
     run.finish()

@@ -27,7 +27,7 @@ from pera_fast.schedules import Schedules
 def run(
     folder: Path, config: Config, stop: int, start: int = 0, engine: Engine | None = None, on: World = ONE
 ) -> tuple[Engine, list[StepReport]]:
-    """Steps start..stop on the images of a folder."""
+    """Steps start..stop on the images of a folder, as `train` takes them."""
     index = scan(folder)
     statistics = compute_statistics(index.scenes, bands=None, in_bands=config.model.in_bands)
     dataset = WindowDataset(index, statistics, config)
@@ -35,10 +35,14 @@ def run(
     schedules = Schedules.of(config, len(dataset), on.ranks)
     whole = config.run.images * config.run.accumulate * on.ranks
     batches = make_loader(dataset, start * whole, stop - start, on.rank, on.ranks)
-    reports = [
-        engine.step(step, [next(batches) for _ in range(config.run.accumulate)], schedules.at(step))
-        for step in range(start, stop)
-    ]
+    reports, following = [], None
+    for step in range(start, stop):
+        now = following or [next(batches) for _ in range(config.run.accumulate)]
+        wait = engine.start(step, now, schedules.at(step))
+        if step + 1 < stop:
+            following = [next(batches) for _ in range(config.run.accumulate)]
+            engine.prepare(step + 1, following)
+        reports.append(wait())
     return engine, reports
 
 
@@ -144,8 +148,41 @@ def test_a_step_reads_values_back_once(
             return plain(self, *arguments)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    assert not engine.step(1, [batch], values).skipped  # type: ignore[list-item]
+    wait = engine.start(1, [batch], values)  # type: ignore[list-item]
+    engine.prepare(2, [batch])  # type: ignore[list-item]
+    assert reads == [], "the host is free until it waits"
+    assert not wait().skipped
     assert reads == ["tolist"]
+
+
+@pytest.mark.parametrize("prepared", ["for another step", "for other batches", "without memory", "not"])
+def test_a_step_does_not_depend_on_what_was_prepared(
+    image_folder: Path, prepared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(accumulate=2)
+    config = replace(config, model=replace(config.model, drop_path=0.5))
+    ahead, _ = run(image_folder, config, 3)
+    engine, _ = run(image_folder, config, 0)
+    dataset = WindowDataset(scan(image_folder), engine.statistics, config)
+    batches = list(make_loader(dataset, 0, 3))
+    schedules, patches, cropped = Schedules.of(config, len(dataset), 1), engine.patches, []
+
+    def counted(step: int, part: int, batch: Any) -> Any:
+        cropped.append((step, part))
+        if prepared == "without memory" and len(cropped) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return patches(step, part, batch)
+
+    monkeypatch.setattr(engine, "patches", counted)
+    for step in range(3):
+        now, other = batches[2 * step : 2 * step + 2], batches[::-1][:2]
+        for_what = {"for another step": (step + 1, now), "for other batches": (step, other)}
+        if prepared != "not":
+            engine.prepare(*for_what.get(prepared, (step, now)))
+        engine.step(step, now, schedules.at(step))
+    assert len(cropped) == {"not": 6, "without memory": 7}.get(prepared, 12)
+    for key, value in state(ahead).items():
+        assert torch.equal(state(engine)[key], value), key
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

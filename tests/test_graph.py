@@ -264,14 +264,17 @@ def test_a_step_on_cuda_waits_for_nothing(image_folder: Path, changes: dict[str,
     config = replace(config, model=replace(config.model, drop_path=0.5))
     for section, values in changes.items():
         config = replace(config, **{section: replace(getattr(config, section), **values)})
-    engine, _ = run(image_folder, config, 2, on=World(0, 1, torch.device("cuda")))
-    inputs = engine._inputs(2, _batches(image_folder, config, engine))
+    on = World(0, 1, torch.device("cuda"))
+    engine, _ = run(image_folder, config, 2, on=on)
+    batches = [batch.to(on.device) for batch in _batches(image_folder, config, engine)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine._update(engine._sums(engine._gradients(inputs)), 1)
+        wait = engine.start(2, batches, StepValues(1e-3, 0.04, 0.99, 0.04))
+        engine.prepare(3, batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not wait().skipped
 
 
 @needs_cuda

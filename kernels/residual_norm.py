@@ -6,10 +6,13 @@ weight and bias are added in a fixed order: equal calls give equal bits.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 NUM_WARPS = 4
 ROWS = 32  # of one program in the backward pass, which share its sums for weight and bias
@@ -27,25 +30,34 @@ def _place(table, row, HAS_TABLE: tl.constexpr):
 @triton.jit
 def forward_kernel(
     source, x, branch, branch_row, scale, y, next_row, weight, bias, normalised, inverse_deviation, dim, eps,
-    HAS_BRANCH: tl.constexpr, HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_NEXT_ROW: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS: tl.constexpr,
-    KEEPS_NORMALISED: tl.constexpr, BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_Y: tl.constexpr, HAS_NEXT_ROW: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KEEPS: tl.constexpr, KEEPS_NORMALISED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     inside = k < dim
-    value = tl.load(source + row.to(tl.int64) * dim + k, inside, 0.0)
+    place = tl.full((), -1, tl.int32)
     if HAS_BRANCH:
         place = _place(branch_row, row, HAS_BRANCH_ROW)
+    target = tl.full((), -1, tl.int32)
+    if HAS_Y:
+        target = _place(next_row, row, HAS_NEXT_ROW)
+    # In place, a row that neither branch works on stays as it is: most do, in the blocks before the targets enter.
+    reads, writes = inside, inside
+    if IN_PLACE:
+        reads = inside & (k * 0 + tl.maximum(place, target) >= 0)
+        writes = inside & (k * 0 + place >= 0)
+    value = tl.load(source + row.to(tl.int64) * dim + k, reads, 0.0)
+    if HAS_BRANCH:
         if place >= 0:
             factor = 1.0
             if HAS_SCALE:
                 factor = tl.load(scale + place)
             added = tl.load(branch + place.to(tl.int64) * dim + k, inside, 0.0).to(tl.float32)
             value += factor * added
-        tl.store(x + row.to(tl.int64) * dim + k, value, inside)
+        tl.store(x + row.to(tl.int64) * dim + k, value, writes)
     if HAS_Y:
-        target = _place(next_row, row, HAS_NEXT_ROW)
         if target >= 0:
             mean = tl.sum(value, 0) / dim
             centred = tl.where(inside, value - mean, 0.0)
@@ -66,9 +78,9 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     x_gradient, y_gradient, branch_row, scale, next_row, weight, normalised, inverse_deviation, out,
-    branch_gradient, partial, rows, dim, HAS_X: tl.constexpr, HAS_Y: tl.constexpr, HAS_BRANCH: tl.constexpr,
-    HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NEXT_ROW: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    branch_gradient, partial, rows, dim, IN_PLACE: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NEXT_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial [programs, 2, dim]: sums over this program's rows for weight and bias."""
     program = tl.program_id(0)
@@ -83,11 +95,20 @@ def backward_kernel(
         row = tl.minimum(program * ROWS + i, rows - 1)  # the last row again, unstored, where there is none
         stores = inside & (k * 0 + program * ROWS + i < rows)
         place = row.to(tl.int64) * dim + k
-        gradient = tl.zeros((BLOCK,), tl.float32)
-        if HAS_X:
-            gradient = tl.load(x_gradient + place, inside, 0.0)
+        target = tl.full((), -1, tl.int32)
         if HAS_Y:
             target = _place(next_row, row, HAS_NEXT_ROW)
+        source = tl.full((), -1, tl.int32)
+        if HAS_BRANCH:
+            source = _place(branch_row, row, HAS_BRANCH_ROW)
+        reads, writes = inside, stores
+        if IN_PLACE:  # only the norm changes a row's gradient
+            reads = inside & (k * 0 + tl.maximum(source, target) >= 0)
+            writes = stores & (k * 0 + target >= 0)
+        gradient = tl.zeros((BLOCK,), tl.float32)
+        if HAS_X:
+            gradient = tl.load(x_gradient + place, reads, 0.0)
+        if HAS_Y:
             if target >= 0:
                 there = target.to(tl.int64) * dim + k
                 given = tl.load(y_gradient + there, inside, 0.0).to(tl.float32)
@@ -98,9 +119,8 @@ def backward_kernel(
                 gradient += tl.load(inverse_deviation + target) * (weighted - mean - value * slope)
                 weight_sum += tl.where(stores, given * value, 0.0)
                 bias_sum += tl.where(stores, given, 0.0)
-        tl.store(out + place, gradient, stores)
+        tl.store(out + place, gradient, writes)
         if HAS_BRANCH:
-            source = _place(branch_row, row, HAS_BRANCH_ROW)
             if source >= 0:
                 factor = 1.0
                 if HAS_SCALE:
@@ -114,12 +134,22 @@ def backward_kernel(
         tl.store(partial + program.to(tl.int64) * 2 * dim + dim + k, bias_sum, inside)
 
 
+# A branch's table is asked for four times in a step: by it and the one before, forward and backward.
+_tables: MutableMapping[Tensor, tuple[int, int, Tensor]] = WeakIdKeyDictionary()
+
+
 def _table(chosen: Tensor | None, rows: int) -> Tensor | None:
-    """Where each row of the stream lies among `chosen`, int32 [rows], -1 for nowhere."""
+    """Where each row of the stream lies among `chosen`, int32 [rows], -1 for nowhere; made once until it changes."""
     if chosen is None:
         return None
+    version = -1 if chosen.is_inference() else chosen._version
+    known = _tables.get(chosen)
+    if known is not None and version >= 0 and known[:2] == (version, rows):
+        return known[2]
     table = torch.full((rows,), -1, dtype=torch.int32, device=chosen.device)
-    return table.scatter_(0, chosen, torch.arange(len(chosen), dtype=torch.int32, device=chosen.device))
+    table.scatter_(0, chosen, torch.arange(len(chosen), dtype=torch.int32, device=chosen.device))
+    _tables[chosen] = version, rows, table
+    return table
 
 
 def residual_norm_forward(
@@ -134,10 +164,10 @@ def residual_norm_forward(
     keeps_normalised = normalised is not None and y is not None and normalised.data_ptr() != y.data_ptr()
     forward_kernel[(len(x),)](
         source, x, branch, _table(rows, len(x)), scale, y, _table(next_rows, len(x)), weight, bias, normalised,
-        inverse_deviation, x.shape[1], eps, branch is not None, rows is not None, scale is not None,
-        y is not None, next_rows is not None, weight is not None, bias is not None,
-        inverse_deviation is not None, keeps_normalised, triton.next_power_of_2(x.shape[1]),
-        num_warps=NUM_WARPS,
+        inverse_deviation, x.shape[1], eps, source.data_ptr() == x.data_ptr(), branch is not None,
+        rows is not None, scale is not None, y is not None, next_rows is not None, weight is not None,
+        bias is not None, inverse_deviation is not None, keeps_normalised,
+        triton.next_power_of_2(x.shape[1]), num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -154,7 +184,8 @@ def residual_norm_backward(
     if programs:
         backward_kernel[(programs,)](
             x_gradient, y_gradient, _table(rows, count), scale, _table(next_rows, count), weight, normalised,
-            inverse_deviation, out, branch_gradient, partial, count, dim, x_gradient is not None,
+            inverse_deviation, out, branch_gradient, partial, count, dim,
+            x_gradient is not None and x_gradient.data_ptr() == out.data_ptr(), x_gradient is not None,
             y_gradient is not None, branch_gradient is not None, rows is not None, scale is not None,
             next_rows is not None, weight is not None, ROWS, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -248,24 +248,43 @@ for rows, dim, part, affine, keeps in ((1, 1, 1, True, True), (40, 24, 0.7, True
     weight, bias = (c["weight"], c["bias"]) if affine else (None, None)
     count = rows if c["next_rows"] is None else len(c["next_rows"])
     results = []
-    for module in (kernels, torch.ops.pera_fast):
-        x, y = torch.full_like(c["x"], torch.nan), torch.full((count, dim), torch.nan)
+    for module, inplace in ((kernels, False), (kernels, True), (torch.ops.pera_fast, False)):
+        source = c["x"].clone()
+        x = source if inplace else torch.full_like(c["x"], torch.nan)
+        y = torch.full((count, dim), torch.nan)
         normalised = (torch.full_like(y, torch.nan) if affine else y) if keeps else None
         deviation = torch.full((count,), torch.nan) if keeps else None
-        module.residual_norm_forward(c["x"], x, c["branch"], c["rows"], c["scale"], c["next_rows"], weight, bias, 1e-6,
+        module.residual_norm_forward(source, x, c["branch"], c["rows"], c["scale"], c["next_rows"], weight, bias, 1e-6,
                                      y, normalised, deviation)
         out = [x, y]
         if keeps:
             gradients = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for t in (x, y)]
             for given in (gradients, (None, gradients[1]), (gradients[0], None)):
-                dx, db = torch.full_like(x, torch.nan), torch.full_like(c["branch"], torch.nan)
+                overwrites = inplace and given[0] is not None
+                given = [given[0].clone(), given[1]] if overwrites else given
+                dx = given[0] if overwrites else torch.full_like(x, torch.nan)
+                db = torch.full_like(c["branch"], torch.nan)
                 dw = [torch.full((dim,), torch.nan) if affine and given[1] is not None else None for _ in range(2)]
                 module.residual_norm_backward(*given, c["rows"], c["scale"], c["next_rows"], weight, normalised,
                                               deviation, dx, db, *dw)
                 out += [dx, db, *(t for t in dw if t is not None)]
         results.append(out)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+    for apart, within, want in zip(*results, strict=True):
+        assert torch.equal(apart, within)
+        torch.testing.assert_close(apart, want, rtol=1e-5, atol=2e-6)
+
+# A table is made once, and again when the rows have changed.
+rows = torch.tensor([3, 1])
+table = kernels._table(rows, 5)
+assert kernels._table(rows, 5) is table and table.tolist() == [-1, 1, -1, 0, -1]
+assert kernels._table(rows, 4).tolist() == [-1, 1, -1, 0]
+rows[0] = 2
+assert kernels._table(rows, 4).tolist() == [-1, 1, 0, -1]
+with torch.inference_mode():
+    rows = torch.tensor([3, 1])
+    kernels._table(rows, 5)
+    rows[0] = 2
+    assert kernels._table(rows, 4).tolist() == [-1, 1, 0, -1]
 print("equal")
 """
 
@@ -292,7 +311,7 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         **dict.fromkeys(("branch_row", "next_row"), "*i32"), "rows": "i32", "dim": "i32", "eps": "fp32",
     }  # fmt: skip
     for kernel in (kernels.forward_kernel, kernels.backward_kernel):
-        flags = [n for n in kernel.arg_names if n.startswith(("HAS_", "KEEPS"))]
+        flags = [n for n in kernel.arg_names if n.startswith(("HAS_", "KEEPS", "IN_PLACE"))]
         constants = {**dict.fromkeys(flags, True), "BLOCK": 2 ** (dim - 1).bit_length(), "ROWS": kernels.ROWS}
         report = aot.compile_kernel(
             kernel, {n: t for n, t in types.items() if n in kernel.arg_names},
@@ -303,6 +322,7 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[89]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     ("name", "without"),
     [
@@ -316,7 +336,7 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         ("backward_kernel", ["y_gradient", "next_row", "weight", "normalised", "inverse_deviation"]),
     ],
 )
-def test_triton_kernels_compile_without_some_tensors(name: str, without: list[str]) -> None:
+def test_triton_kernels_compile_without_some_tensors(name: str, without: list[str], in_place: bool) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from pera_fast.kernels import aot
     from pera_fast.kernels import residual_norm as kernels
@@ -329,7 +349,7 @@ def test_triton_kernels_compile_without_some_tensors(name: str, without: list[st
         "KEEPS": "inverse_deviation", "KEEPS_NORMALISED": "normalised",
     }  # fmt: skip
     constants = {flag: tensor not in without for flag, tensor in flags.items()}
-    constants |= dict.fromkeys(without) | {"BLOCK": 512, "ROWS": kernels.ROWS}
+    constants |= dict.fromkeys(without) | {"IN_PLACE": in_place, "BLOCK": 512, "ROWS": kernels.ROWS}
     types = dict.fromkeys(kernel.arg_names, "*fp32") | {"branch_row": "*i32", "next_row": "*i32"}
     types |= {"rows": "i32", "dim": "i32", "eps": "fp32"}
     report = aot.compile_kernel(

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     divisible_by_16: bool = True,
+    multiples_of_16: Collection[str] = (),
 ) -> KernelReport:
     """Compile `kernel`, a function under `@triton.jit` (under autotune or heuristics, pass its `.fn`).
 
     signature: Triton type of every run-time argument, e.g. "*bf16", "i32", "fp32".
     constants: value of every `tl.constexpr` argument.
-    divisible_by_16: assume it of all pointers, as a launch finds it of tensors; integers are left general.
+    divisible_by_16: assume it of all pointers, as a launch finds it of tensors.
+    multiples_of_16: integer arguments of which it is assumed, too, as a launch does where it finds them so.
     Raises RuntimeError when Triton's interpreter is on: it then has no kernel to compile.
     """
     import triton
@@ -61,14 +63,14 @@ def compile_kernel(
     constants = dict(constants or {})
     names = kernel.arg_names
     missing = [name for name in names if name not in signature and name not in constants]
-    unknown = [name for name in (*signature, *constants) if name not in names]
+    unknown = [name for name in (*signature, *constants, *multiples_of_16) if name not in names]
     if missing or unknown:
         raise ValueError(f"signature, constants: missing {missing}, not arguments of the kernel {unknown}")
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if divisible_by_16 and types[name].startswith("*")
+        if (divisible_by_16 and types[name].startswith("*")) or name in multiples_of_16
     }
     source = ASTSource(
         fn=kernel,

@@ -19,8 +19,9 @@ from torch import Tensor
 NUM_STAGES = 2
 
 
-def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
-    """(rows of a tile, head_dim as a power of two, warps) that spill no registers on sm_80 and sm_90.
+def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
+    """(rows of a tile, head_dim as a power of two, warps, warps of long sequences' backward passes) that spill no
+    registers on sm_80 and sm_90.
 
     Raises ValueError for a head_dim that has none: above 128, in float32 above 64.
     """
@@ -29,8 +30,9 @@ def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
         raise ValueError(f"head_dim: expected at most {most} in {dtype}, got {dim}")
     block_d = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32:  # tf32x3 holds three parts of every operand
-        return 16, block_d, 4
-    return (64 if dim <= 64 else 32), block_d, (4 if dim <= 32 else 8)
+        return 16, block_d, 4, (2 if dim <= 32 else 4)
+    # Four warps are one warp group: on sm_90 they multiply whole tiles of 64 rows, eight share one.
+    return (64 if dim <= 64 else 32), block_d, (4 if dim <= 64 else 8), (4 if dim <= 32 else 8)
 
 
 class Tiles(NamedTuple):
@@ -250,7 +252,7 @@ def attention_forward(
 ) -> None:
     """As torch.ops.pera_fast.attention_forward, for (number of sequences, their length) in row order."""
     rows, _, heads, dim = qkv.shape
-    block, block_d, warps = config(qkv.dtype, dim)
+    block, block_d, warps, _ = config(qkv.dtype, dim)
     tiles = tiles_of(groups, qkv.device, block)
     if len(tiles.every):
         forward_kernel[(len(tiles.every), heads)](
@@ -265,20 +267,20 @@ def attention_backward(
 ) -> None:  # fmt: skip
     """As torch.ops.pera_fast.attention_backward."""
     rows, _, heads, dim = qkv.shape
-    block, block_d, warps = config(qkv.dtype, dim)
-    tiles, options = tiles_of(groups, qkv.device, block), {"num_warps": warps, "num_stages": NUM_STAGES}
+    block, block_d, warps, warps_long = config(qkv.dtype, dim)
+    tiles, options = tiles_of(groups, qkv.device, block), {"num_stages": NUM_STAGES}
     if len(tiles.short):
         short_backward_kernel[(len(tiles.short), heads)](
             gradient, qkv, qkv_gradient, tiles.short, tiles.start, tiles.end, heads, dim, scale, block,
-            block_d, **options,
+            block_d, num_warps=warps, **options,
         )  # fmt: skip
     if len(tiles.long):
         along, grid = softmax.new_empty(heads, rows), (len(tiles.long), heads)
         query_backward_kernel[grid](
             gradient, qkv, out, softmax, along, qkv_gradient, tiles.long, rows, heads, dim, scale, block,
-            block_d, **options,
+            block_d, num_warps=warps_long, **options,
         )  # fmt: skip
         key_backward_kernel[grid](
             gradient, qkv, softmax, along, qkv_gradient, tiles.long, rows, heads, dim, scale, block,
-            block_d, **options,
+            block_d, num_warps=warps_long, **options,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from conftest import interpreted, run_on_isa, three_way
@@ -9,6 +11,7 @@ from conftest import interpreted, run_on_isa, three_way
 from pera_fast import ops, reference
 from pera_fast.ops import _library
 
+packed_attention = importlib.import_module("pera_fast.ops.packed_attention")  # the module, not the function
 needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
 MIXES = [[(4, 8), (3, 23)], [(2, 158), (5, 8)], [(1, 1)], [(0, 5), (2, 3)], [(7, 13)], [(1, 471), (300, 1)]]
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -33,6 +36,32 @@ def test_numerics(
         lambda x: ops.packed_attention(x, groups), lambda x: reference.packed_attention(x, groups, scale), qkv,
         slack=SLACK[dtype],
     )  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("groups", MIXES)
+@pytest.mark.parametrize("dtype", SLACK)
+def test_short_sequences_by_the_kernels_and_long_ones_by_the_library(
+    groups: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    """As on a GPU, where each has its own."""
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(n * length for n, length in groups), 3, 2, 32).to(dtype)
+    three_way(
+        lambda x: packed_attention._sdpa(x, groups, 0.2, longer_than=23),
+        lambda x: reference.packed_attention(x, groups, 0.2), qkv, slack=SLACK[dtype],
+    )  # fmt: skip
+    qkv.requires_grad_()
+    alone = [
+        torch.autograd.grad(packed_attention._sdpa(qkv, groups, 0.2, n).float().square().sum(), qkv)[0]
+        for n in (0, 471)
+    ]
+    mixed = torch.autograd.grad(packed_attention._sdpa(qkv, groups, 0.2, 23).float().square().sum(), qkv)[0]
+    row = 0
+    for n, length in groups:
+        of_group = slice(row, row + n * length)
+        assert torch.equal(mixed[of_group], alone[length <= 23][of_group]), length
+        row += n * length
 
 
 @pytest.mark.parametrize("dtype", SLACK)
@@ -214,7 +243,7 @@ def test_gradients_of_the_reference() -> None:
 @pytest.mark.parametrize("groups", MIXES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", SLACK)
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "auto"])
 def test_numerics_on_cuda(
     groups: list[tuple[int, int]],
     head_dim: int,
@@ -247,7 +276,7 @@ from pera_fast import reference
 from pera_fast.kernels import packed_attention as kernels
 block_d = lambda dim: max(16, 1 << (dim - 1).bit_length())
 for block in (16, 64):
-  kernels.config = lambda dtype, dim: (block, block_d(dim), 4)
+  kernels.config = lambda dtype, dim: (block, block_d(dim), 4, 4)
   for groups, heads, dim in (
       (((4, 8), (3, 23)), 2, 32), (((1, 1),), 1, 64), (((1, 70), (9, 8)), 2, 80), (((2, 158),), 1, 64),
       (((1, 64), (1, 65), (2, 0), (1, 33)), 1, 96), (((2, 130), (5, 7)), 1, 128),
@@ -293,7 +322,10 @@ def test_tiles_cover_every_row_once() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dim", [32, 64, 80, 128])
-def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim: int) -> None:
+@pytest.mark.parametrize("aligned", [("dim",), ("dim", "rows"), ()], ids=["dim", "dim and rows", "none"])
+def test_triton_kernels_compile_without_spills(
+    capability: int, dtype: str, dim: int, aligned: tuple[str, ...]
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from pera_fast.kernels import aot
     from pera_fast.kernels import packed_attention as kernels
@@ -303,7 +335,7 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         with pytest.raises(ValueError, match="head_dim: expected at most 64 in torch.float32, got"):
             kernels.config(floats[dtype], dim)
         return
-    block, block_d, warps = kernels.config(floats[dtype], dim)
+    block, block_d, warps, warps_long = kernels.config(floats[dtype], dim)
     types = {
         **dict.fromkeys(("qkv", "out", "gradient", "qkv_gradient"), f"*{dtype}"), "softmax": "*fp32", "along": "*fp32",
         **dict.fromkeys(("tiles", "start", "end"), "*i32"), **dict.fromkeys(("rows", "heads", "dim"), "i32"),
@@ -313,10 +345,12 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         kernels.forward_kernel, kernels.short_backward_kernel, kernels.query_backward_kernel,
         kernels.key_backward_kernel,
     ):  # fmt: skip
+        is_long = kernel in (kernels.query_backward_kernel, kernels.key_backward_kernel)
         report = aot.compile_kernel(
             kernel, {name: types[name] for name in kernel.arg_names if name in types},
             {"BLOCK": block, "BLOCK_D": block_d}, capability=capability,
-            num_warps=warps, num_stages=kernels.NUM_STAGES,
+            num_warps=warps_long if is_long else warps, num_stages=kernels.NUM_STAGES,
+            multiples_of_16=[n for n in kernel.arg_names if n in aligned],
         )  # fmt: skip
         assert report.spill_bytes == 0, f"{report.name}: {report.spill_bytes} bytes spilled"
         assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[capability]

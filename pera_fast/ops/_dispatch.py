@@ -113,6 +113,7 @@ def resolve(op: str, device_type: str) -> Implementation:
 
 # What torch.compiler.assume_constant_result does once it has imported the compiler, which takes two seconds.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def function(op: str, device_type: str) -> Callable[..., Any]:

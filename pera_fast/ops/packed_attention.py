@@ -191,14 +191,57 @@ def _why_no_xformers() -> str | None:
     return None if torch.cuda.is_available() else "no GPU visible"
 
 
-def _sdpa(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
-    outputs = []
-    # Split, since slices' gradients are each as large as the whole and added up.
-    for part, group in zip(qkv.split([n * length for n, length in groups]), groups, strict=True):
-        query, key, value = part.unflatten(0, group).permute(2, 0, 3, 1, 4)
+# Of a longer sequence the library's tiles, 64 or 128 rows of one sequence and head, are full enough.
+_SHORT = 32
+
+
+def _torch(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
+    """SDPA; on a GPU, unless it is asked for by name, the kernels for sequences that leave its tiles empty."""
+    is_by_choice = _dispatch.requested("packed_attention") == "torch"
+    has_kernels = qkv.dtype in (torch.bfloat16, torch.float16) and qkv.shape[3] <= 128
+    if is_by_choice or qkv.device.type != "cuda" or not has_kernels or _library.why_no_triton() is not None:
+        return _sdpa(qkv, groups, scale)
+    return _sdpa(qkv, groups, scale, longer_than=_SHORT)
+
+
+def _sdpa(qkv: Tensor, groups: Groups, scale: float, longer_than: int = 0) -> Tensor:
+    """SDPA of each group of sequences that are long enough, the kernels for the others."""
+    operands, outputs = iter(_Operands.apply(qkv, groups, longer_than)), []
+    for group in groups:
+        if group[1] <= longer_than:
+            outputs.append(_kernels(next(operands), [group], scale))
+            continue
+        query, key, value = next(operands), next(operands), next(operands)
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else qkv[:, 0]
+
+
+def _operands(qkv: Tensor, groups: Groups, longer_than: int) -> list[Tensor]:
+    """Of each group of long enough sequences q, k and v [sequences, heads, length, head_dim], of others its rows."""
+    operands: list[Tensor] = []
+    for part, group in zip(qkv.split([n * length for n, length in groups]), groups, strict=True):
+        is_short = group[1] <= longer_than
+        operands += [part] if is_short else [x.transpose(1, 2) for x in part.unflatten(0, group).unbind(2)]
+    return operands
+
+
+class _Operands(torch.autograd.Function):
+    """`_operands`, whose gradients are each written once, into their place in that of qkv."""
+
+    @staticmethod
+    def forward(ctx, qkv, groups, longer_than):  # type: ignore[no-untyped-def]
+        ctx.shape, ctx.rest = qkv.shape, (groups, longer_than)
+        return tuple(_operands(qkv, groups, longer_than))
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        if not gradients:
+            return None, None, None
+        whole = gradients[0].new_empty(ctx.shape)
+        for place, gradient in zip(_operands(whole, *ctx.rest), gradients, strict=True):
+            place.copy_(gradient)
+        return whole, None, None
 
 
 if _library.why_no_cpp() is None:
@@ -207,7 +250,7 @@ if _library.why_no_cpp() is None:
 
 _dispatch.register("packed_attention", "cpp", _kernels, _library.why_no_cpp)
 # On a GPU the library goes first until the kernels have been measured there (bench_packed_attention.py).
-_dispatch.register("packed_attention", "torch", _sdpa)
+_dispatch.register("packed_attention", "torch", _torch)
 _dispatch.register("packed_attention", "triton", _kernels, _library.why_no_triton)
 _dispatch.register("packed_attention", "xformers", _xformers, _why_no_xformers)
 _dispatch.register("packed_attention", "reference", reference.packed_attention)

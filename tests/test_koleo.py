@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from conftest import three_way
 
 from pera_fast import ops, reference
+from pera_fast.ops import _library
 
+needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
 module = sys.modules["pera_fast.ops.koleo"]  # the function of that name hides it
 
 
@@ -28,14 +31,25 @@ def test_koleo_against_a_search_over_pairs() -> None:
         assert float(loss) == pytest.approx(-sum(math.log(d + 1e-8) for d, _ in nearest) / 6, rel=1e-9)
 
 
+BACKENDS = [pytest.param("cpp", marks=needs_cpp), "torch"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spread", [1.0, 0.03, 0.001])  # rows as far apart as any, to almost equal
 @pytest.mark.parametrize(
     ("crops", "rows", "prototypes", "dim"),
     [(2, 8, 4096, 384), (1, 2, 513, 32), (3, 40, 700, 48), (2, 9, 300, 21)],
 )
 def test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(
-    crops: int, rows: int, prototypes: int, dim: int, spread: float
+    crops: int,
+    rows: int,
+    prototypes: int,
+    dim: int,
+    spread: float,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
     random = torch.Generator().manual_seed(0)
     z = torch.randn(dim, generator=random) + spread * torch.randn(crops, rows, dim, generator=random)
     v, g = torch.randn(prototypes, dim, generator=random), 1 + torch.rand(prototypes, 1, generator=random)
@@ -43,6 +57,54 @@ def test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(
         lambda z, v, g: ops.koleo(z, v, g)[0],
         lambda z, v, g: reference.koleo(z, v, g)[0],
         F.normalize(z, dim=-1), v, g, slack=2e-6 / spread,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("crops", "rows", "prototypes", "dim"), [(2, 8, 4096, 384), (3, 40, 700, 48)])
+def test_neighbours_of_rows_that_are_almost_equal(
+    crops: int, rows: int, prototypes: int, dim: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network's are that has hardly begun: similarities in float32 find other neighbours for every second row."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        z = torch.randn(dim, generator=random) + 1e-3 * torch.randn(crops, rows, dim, generator=random)
+        z = F.normalize(z, dim=-1).requires_grad_()
+        v, g = torch.randn(prototypes, dim, generator=random), torch.ones(prototypes, 1)
+        losses, neighbours = ops.koleo(z, v, g)
+        want, wanted = reference.koleo(z.double(), v.double(), g.double())
+        assert torch.equal(neighbours, wanted)
+        gradient, wanted_gradient = (torch.autograd.grad(loss.sum(), z)[0] for loss in (losses, want))
+        assert (gradient - wanted_gradient).norm() < 1e-3 * wanted_gradient.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+@pytest.mark.parametrize("is_low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [8, 64, 300])
+def test_koleo_on_cuda(rows: int, is_low: bool) -> None:
+    """Under autocast its error is at most that of logits in bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(2, rows, 384, generator=random), dim=-1).cuda()
+    v, g = torch.randn(4096, 384, generator=random).cuda(), 1 + torch.rand(4096, 1, generator=random).cuda()
+
+    def eager(z: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        w = v * (g / v.norm(dim=1, keepdim=True))
+        x = F.normalize((z @ w.T).to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        with torch.no_grad():
+            nearest = (x @ x.mT - 2 * torch.eye(rows, device="cuda", dtype=x.dtype)).argmax(2)
+        return -torch.log((x - x.gather(1, nearest[..., None].expand_as(x))).norm(dim=-1) + 1e-8).mean(1)
+
+    def under_autocast(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(*leaves: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cuda", torch.bfloat16, enabled=is_low and leaves[0].dtype == torch.float32):
+                return function(*leaves)
+
+        return run
+
+    three_way(
+        under_autocast(lambda *leaves: ops.koleo(*leaves)[0]), under_autocast(eager), z, v, g,
+        slack=2e-3 if is_low else 2e-6,
     )  # fmt: skip
 
 
@@ -63,7 +125,9 @@ def test_koleo_of_one_row_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("KoLeo is 0") == 1
 
 
-def test_koleo_of_equal_rows_is_finite() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_koleo_of_equal_rows_is_finite(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
     leaves = [x.requires_grad_() for x in (torch.ones(2, 3, 4), torch.randn(9, 4), torch.ones(9, 1))]
     losses, _ = ops.koleo(*leaves)
     losses.sum().backward()

@@ -18,8 +18,9 @@ def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """KoLeo of each crop's batch: -mean_i log(‖x_i - x_nn(i)‖ + 1e-8), x the L2-normalised prototype logits.
 
     x_nn(i) is the row of the same crop that is nearest to x_i. Distances are taken through the prototypes'
-    Gram matrix WᵀW, so that no logits are held; W = g v/‖v‖. Rows that are equal add a constant. Source:
-    Sablayrolles et al. 2018 (arXiv 1806.03198).
+    Gram matrix WᵀW, so that no logits are held; W = g v/‖v‖. Rows that are equal add a constant. Under autocast to
+    bfloat16 on a GPU it is the Gram matrix of W rounded to bfloat16. Source: Sablayrolles et al. 2018
+    (arXiv 1806.03198).
 
     z: float [crops, n, d]. v: float [K, d]. g: float [K, 1].
 
@@ -31,8 +32,13 @@ def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     _prototypes.check("v, g", (v, g), z[0])
     if z.shape[1] < 2:
         _warn_of_one_row()
-    with torch.autocast(z.device.type, enabled=False):
-        return _dispatch.function("koleo", z.device.type)(_prototypes.at_least_float32(z), v, g)
+    device = z.device.type
+    in_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    with torch.autocast(device, enabled=False):
+        z = _prototypes.at_least_float32(z)
+        if _dispatch.resolve("koleo", device).backend == "reference":
+            return reference.koleo(z, v, g)
+        return _gram(z, v, g, in_bfloat16 and device == "cuda")
 
 
 @functools.cache
@@ -41,61 +47,77 @@ def _warn_of_one_row() -> None:
 
 
 class _GramTimes(torch.autograd.Function):
-    """WᵀW z for rows of z [m, d], W = g v/‖v‖ [K, d], without W as a whole."""
+    """WᵀW z for rows of z [m, d], W = g v/‖v‖ [K, d], without W as a whole.
+
+    On a CPU by the rows' logits, block by block: few rows are less work than WᵀW. A GPU is quicker at WᵀW itself.
+    """
 
     @staticmethod
-    def forward(ctx, z, v, g):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(z, v, g)
+    def forward(ctx, z, v, g, in_bfloat16):  # type: ignore[no-untyped-def]
+        ctx.in_bfloat16 = in_bfloat16
         if _is_cpp(z):
+            ctx.save_for_backward(z, v, g)
             product = torch.empty_like(z)
             torch.ops.pera_fast.gram_forward(v, g, _prototypes.columns(z), product)
             return product
-        product = torch.zeros_like(z)
-        for _, w in _prototypes.weights(v, g, len(z)):
-            product += (w @ z.T).T @ w
-        return product
+        gram = z.new_zeros(z.shape[1], z.shape[1])
+        for _, w in _prototypes.weights(v, g, z.shape[1]):
+            w = w.bfloat16() if in_bfloat16 else w
+            gram += _product(w.T, w)
+        ctx.save_for_backward(z, v, g, gram)
+        return z @ gram
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        z, v, g = ctx.saved_tensors
+        z, v, g, *gram = ctx.saved_tensors
         gradient = gradient.contiguous()
-        both = torch.cat((z, gradient))
-        # dW = W (zᵀ gradient + gradientᵀ z): by the rows' logits while they are fewer than the columns of W.
-        by_rows = len(both) < z.shape[1]
-        swapped = torch.cat((gradient, z)) if by_rows else both.T @ torch.cat((gradient, z))
-        dz, dv, dg = torch.zeros_like(z), torch.empty_like(v), torch.empty_like(g)
+        both, swapped = torch.cat((z, gradient)), torch.cat((gradient, z))
+        dv, dg = torch.empty_like(v), torch.empty_like(g)
         if _is_cpp(z):
+            # dW = W (zᵀ gradient + gradientᵀ z): by the rows' logits while they are fewer than the columns of W.
+            by_rows, dz = len(both) < z.shape[1], torch.zeros_like(z)
+            swapped = swapped if by_rows else both.T @ swapped
             torch.ops.pera_fast.gram_backward(v, g, _prototypes.columns(both), swapped, by_rows, dz, dv, dg)
-            return dz, dv, dg
-        for chunk, w in _prototypes.weights(v, g, len(both)):
-            logits = w @ both.T
-            dz += logits[:, len(z) :].T @ w
-            dw = (logits if by_rows else w) @ swapped
-            norm = torch.linalg.vector_norm(v[chunk], dim=1, keepdim=True)
-            unit = v[chunk] / norm
-            along = torch.linalg.vecdot(dw, unit)[:, None]
-            dg[chunk] = along
-            torch.mul(dw.addcmul_(along, unit, value=-1), g[chunk] / norm, out=dv[chunk])
-        return dz, dv, dg
+            return dz, dv, dg, None
+        mixed = both.T @ swapped
+        operand = mixed.bfloat16() if ctx.in_bfloat16 else mixed
+        for chunk in _prototypes.chunks_of(len(v), z.shape[1], v.dtype, v.device.type):
+            part = v[chunk]
+            # dW = (g/‖v‖) v (zᵀ gradient + gradientᵀ z), of which the weight norm takes out what is along v.
+            slope = _product(part.to(operand.dtype), operand)
+            norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+            factor, along = g[chunk] / norm, torch.linalg.vecdot(slope, part)[:, None]
+            dg[chunk] = along * factor / norm
+            torch.mul(slope.addcmul_(part, along / norm.square(), value=-1), factor.square(), out=dv[chunk])
+        return gradient @ gram[0], dv, dg, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _is_cpp(z: Tensor) -> bool:
     return _dispatch.resolve("koleo", z.device.type).backend == "cpp"
 
 
-def _gram(z: Tensor, v: Tensor, g: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
+def _gram(
+    z: Tensor, v: Tensor, g: Tensor, in_bfloat16: bool = False, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
     if z.dtype == torch.float64 or z.shape[1] < 2:
         return reference.koleo(z, v, g, eps)
-    y = _GramTimes.apply(z.flatten(0, 1), v.float(), g.float()).view_as(z)
+    y = _GramTimes.apply(z.flatten(0, 1), v.float(), g.float(), in_bfloat16).view_as(z)
     # In the metric of the logits: the norm of z_i is √(z_i · y_i), the similarity z_i · y_j.
     norm = torch.linalg.vecdot(z, y).clamp(min=1e-30).sqrt()[..., None]
-    with torch.no_grad():
-        similarity = (z / norm) @ (y / norm).mT
-        similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-        neighbour = similarity.argmax(2)
-    chosen = neighbour[..., None].expand_as(z)
     unit, image = z / norm, y / norm
-    # Differences in z, not of similarities: near neighbours would be lost in the rounding of 1 - cos.
+    with torch.no_grad():
+        # About their mean: distances of rows that are all alike are lost in the rounding of 1 - cos.
+        x, mx = unit - unit.mean(1, keepdim=True), image - image.mean(1, keepdim=True)
+        own = torch.linalg.vecdot(x, mx)
+        pairs = own[:, :, None] + own[:, None] - x @ mx.mT - mx @ x.mT
+        pairs.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        neighbour = pairs.argmin(2)
+    chosen = neighbour[..., None].expand_as(z)
     squared = torch.linalg.vecdot(unit - unit.gather(1, chosen), image - image.gather(1, chosen))
     apart = squared > 0
     distance = torch.where(apart, squared, 1.0).sqrt() * apart  # equal rows: distance 0 and no gradient

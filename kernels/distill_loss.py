@@ -14,7 +14,10 @@ from torch import Tensor
 # Prototypes x rows of a tile: in four warps, 64 x 64 floats are 32 registers a thread for each of x and y. The
 # gradient's tile is half of that, or it spills on sm_80.
 BLOCK_PROTOTYPES, GRADIENT_PROTOTYPES, BLOCK_ROWS, NUM_WARPS = 64, 32, 64, 4
-SPLITS = 16  # programs that share a chunk's prototypes in the sums
+# Of the sums: at most so many programs share a chunk's prototypes, and no more than make so many in all, five for each
+# of an H100's multiprocessors.
+SPLITS, PROGRAMS = 64, 640
+MERGE_ROWS = 32
 
 
 @triton.jit
@@ -74,6 +77,32 @@ def sums_kernel(
 
 
 @triton.jit
+def merge_kernel(partial, state, splits, rows, SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """state [5, rows]: with the sums of every split."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    split = tl.arange(0, SPLITS)
+    inside = (split < splits)[:, None] & (i < rows)[None, :]
+    place = partial + split[:, None] * 5 * rows + i[None, :]
+    max_x, max_y = tl.load(place, inside, float("-inf")), tl.load(place + 3 * rows, inside, float("-inf"))
+    here = state + i
+    old_x, old_y = tl.load(here, i < rows, 0.0), tl.load(here + 3 * rows, i < rows, 0.0)
+    larger_x, larger_y = tl.maximum(old_x, tl.max(max_x, 0)), tl.maximum(old_y, tl.max(max_y, 0))
+    shrink_x, shrink_y = tl.exp(max_x - larger_x[None, :]), tl.exp(max_y - larger_y[None, :])
+    old_x, old_y = tl.exp(old_x - larger_x), tl.exp(old_y - larger_y)
+    sum_x = old_x * tl.load(here + rows, i < rows, 0.0)
+    sum_x += tl.sum(shrink_x * tl.load(place + rows, inside, 0.0), 0)
+    sum_xy = old_x * tl.load(here + 2 * rows, i < rows, 0.0)
+    sum_xy += tl.sum(shrink_x * tl.load(place + 2 * rows, inside, 0.0), 0)
+    sum_y = old_y * tl.load(here + 4 * rows, i < rows, 0.0)
+    sum_y += tl.sum(shrink_y * tl.load(place + 4 * rows, inside, 0.0), 0)
+    tl.store(here, larger_x, i < rows)
+    tl.store(here + rows, sum_x, i < rows)
+    tl.store(here + 2 * rows, sum_xy, i < rows)
+    tl.store(here + 3 * rows, larger_y, i < rows)
+    tl.store(here + 4 * rows, sum_y, i < rows)
+
+
+@triton.jit
 def gradient_kernel(
     teacher, student, scale_teacher, scale_student, centre, inverse_tau_teacher, inverse_tau_student, log_sum_x,
     log_sum_y, weight, gradient, dot, prototypes, rows, BLOCK_PROTOTYPES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -102,18 +131,17 @@ def distill_sums(
 ) -> None:  # fmt: skip
     """Add a chunk's sums to `state` [5, rows]; as torch.ops.pera_fast.distill_sums."""
     prototypes, rows = student.shape
-    per_split = triton.cdiv(triton.cdiv(prototypes, SPLITS), BLOCK_PROTOTYPES) * BLOCK_PROTOTYPES
+    blocks, row_blocks = triton.cdiv(prototypes, BLOCK_PROTOTYPES), triton.cdiv(rows, BLOCK_ROWS)
+    per_split = triton.cdiv(blocks, min(SPLITS, triton.cdiv(PROGRAMS, row_blocks))) * BLOCK_PROTOTYPES
     splits = triton.cdiv(prototypes, per_split)
     partial = torch.empty(splits, 5, rows, dtype=torch.float32, device=student.device)
-    sums_kernel[(triton.cdiv(rows, BLOCK_ROWS), splits)](
+    sums_kernel[(row_blocks, splits)](
         teacher, student, scale_teacher, scale_student, centre, inverse_tau_teacher, inverse_tau_student,
         partial, prototypes, rows, per_split, BLOCK_PROTOTYPES, BLOCK_ROWS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    every = torch.cat((state[None], partial))
-    max_x, max_y = every[:, 0].amax(0), every[:, 3].amax(0)
-    shrink_x, shrink_y = (every[:, 0] - max_x).exp(), (every[:, 3] - max_y).exp()
-    sums = [(every[:, j] * shrink).sum(0) for j, shrink in ((1, shrink_x), (2, shrink_x), (4, shrink_y))]
-    state.copy_(torch.stack((max_x, sums[0], sums[1], max_y, sums[2])))
+    merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+        partial, state, splits, rows, SPLITS, MERGE_ROWS, num_warps=NUM_WARPS
+    )
 
 
 def distill_gradient(

@@ -189,7 +189,8 @@ for dim in (32, 37):
     for rows, prototypes in ((1, 1), (33, 1000)):
         with tests.pytest.MonkeyPatch.context() as patch:
             tests.test_error_against_float64_is_no_larger_than_eager_pytorch(rows, prototypes, patch)
-    koleo_tests.test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(2, 5, 300, dim, 1.0)
+    with tests.pytest.MonkeyPatch.context() as patch:
+        koleo_tests.test_koleo_error_against_float64_is_no_larger_than_eager_pytorch(2, 5, 300, dim, 1.0, "cpp", patch)
 """
 
 
@@ -438,12 +439,13 @@ import torch
 from pera_fast.kernels import distill_loss as kernels
 from pera_fast.ops import _library
 assert _library.why_no_cpp() is None
-for prototypes, rows in ((1, 1), (70, 3), (64, 64), (3000, 130)):
+for prototypes, rows in ((1, 1), (70, 3), (64, 64), (3000, 130), (9000, 7)):
     random = torch.Generator().manual_seed(prototypes)
     raw = [torch.randn(prototypes, rows, generator=random) for _ in range(2)]
     scales = [1 + torch.rand(prototypes, generator=random) for _ in range(2)]
     arguments = (*raw, *scales, 0.1 * torch.randn(prototypes, generator=random), 25.0, 10.0)
     states = []
+    kernels.PROGRAMS = 640 if prototypes > 3000 else 6
     for module in (kernels, torch.ops.pera_fast):
         state = torch.zeros(5, rows)
         state[[0, 3]] = -torch.inf
@@ -468,7 +470,8 @@ def test_triton_kernels_in_the_interpreter_equal_those_in_cpp() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_triton_kernels_compile_without_spills(capability: int, dtype: str) -> None:
+@pytest.mark.parametrize("aligned", [("prototypes", "rows", "per_split"), ()], ids=["multiples of 16", "any"])
+def test_triton_kernels_compile_without_spills(capability: int, dtype: str, aligned: tuple[str, ...]) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from pera_fast.kernels import aot
     from pera_fast.kernels import distill_loss as kernels
@@ -489,7 +492,13 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str) -> N
         blocks = {"BLOCK_PROTOTYPES": prototypes, "BLOCK_ROWS": kernels.BLOCK_ROWS}
         report = aot.compile_kernel(
             kernel, {**chunk, **dict.fromkeys(floats, "fp32"), **sizes, **more}, blocks, capability=capability,
-            num_warps=kernels.NUM_WARPS,
+            num_warps=kernels.NUM_WARPS, multiples_of_16=[n for n in kernel.arg_names if n in aligned],
         )  # fmt: skip
         assert report.spill_bytes == 0 and report.registers <= 255
         assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[89]  # the least of all supported GPUs
+    report = aot.compile_kernel(
+        kernels.merge_kernel, {"partial": "*fp32", "state": "*fp32", "splits": "i32", "rows": "i32"},
+        {"SPLITS": kernels.SPLITS, "BLOCK_ROWS": kernels.MERGE_ROWS}, capability=capability,
+        num_warps=kernels.NUM_WARPS, multiples_of_16=["rows"] if aligned else [],
+    )  # fmt: skip
+    assert report.spill_bytes == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Raw logits of a chunk of prototypes fill about this much, to stay in cache on a CPU and to be many enough
 # for a GPU; both networks' are there at once, and the gradient.
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 
 
 def check(name: str, prototypes: tuple[Tensor, Tensor], z: Tensor) -> None:

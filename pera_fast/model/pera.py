@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pera_fast import ops
 from pera_fast.config import Config
 from pera_fast.model.shard import by_rows
-from pera_fast.model.vit import Groups, Head, Subset, VisionTransformer
+from pera_fast.model.vit import Groups, Head, Subset, VisionTransformer, resample_positions
 
 
 class CropGroup(NamedTuple):
@@ -101,6 +101,7 @@ class PerA(nn.Module):
     """
 
     centre: Tensor
+    resampling: Tensor  # [local patches, global patches]
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -111,6 +112,10 @@ class PerA(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.embed_dim).normal_(std=0.02))
         self.pixel_head = Head(model, model.patch_px**2 * model.in_bands)
         self.register_buffer("centre", torch.zeros(model.num_prototypes))
+        # The local crops' positions as a product: a GPU's bicubic kernel gives a thread to each of few positions.
+        grid, local = (px // model.patch_px for px in (config.crops.global_px, config.crops.local_px))
+        resampling = resample_positions(torch.eye(grid**2), local, local) if config.crops.num_local else None
+        self.register_buffer("resampling", resampling, persistent=False)
 
     def ema_pairs(self) -> list[tuple[str, nn.Parameter, Tensor | None]]:
         """(name, trained parameter, the teacher's counterpart or None) of everything the optimiser updates."""
@@ -200,9 +205,11 @@ class PerA(nn.Module):
 
     def _positions(self, backbone: VisionTransformer, groups: Sequence[CropGroup]) -> list[Tensor]:
         """Position table [L, D] of each crop size."""
-        crops, patch_px = self.config.crops, self.config.model.patch_px
-        sizes = (crops.global_px // patch_px, crops.local_px // patch_px)
-        return [backbone.positions(grid, grid) for grid in sizes[: len(groups)]]
+        table = backbone.pos_embed[0, 1:].float()
+        if len(groups) == 1:
+            return [table]
+        with torch.autocast(table.device.type, enabled=False):
+            return [table, self.resampling @ table]
 
 
 def draw_subsets(

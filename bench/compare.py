@@ -150,6 +150,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "python": platform.python_version(),
+        **({"cudnn": str(torch.backends.cudnn.version())} if torch.version.cuda else {}),
     }
 
 

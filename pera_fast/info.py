@@ -63,6 +63,12 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _cudnn() -> str | None:
+    """Whose attention torch prefers on sm_90 from 9.15 on (torch 2.11)."""
+    found = torch.backends.cudnn.version()
+    return None if found is None else f"{found // 10000}.{found // 100 % 100}.{found % 100}"
+
+
 def _backends(op: str, device_type: str) -> dict[str, Any]:
     """The backend of `op` for tensors on `device_type`, and why the ones for such tensors do not run."""
     missing = {}
@@ -87,6 +93,7 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
+            "cudnn": _cudnn(),
             "triton": _version("triton"),
             "numpy": _version("numpy"),
             "xformers": _version("xformers"),

@@ -297,7 +297,10 @@ def test_triton_kernels_in_the_interpreter_equal_those_in_cpp() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("dim", [384, 768, 1024])
-def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim: int) -> None:
+@pytest.mark.parametrize("aligned", [("dim",), ("dim", "rows"), ()], ids=["dim", "dim and rows", "none"])
+def test_triton_kernels_compile_without_spills(
+    capability: int, dtype: str, dim: int, aligned: tuple[str, ...]
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from pera_fast.kernels import aot
     from pera_fast.kernels import residual_norm as kernels
@@ -316,7 +319,7 @@ def test_triton_kernels_compile_without_spills(capability: int, dtype: str, dim:
         report = aot.compile_kernel(
             kernel, {n: t for n, t in types.items() if n in kernel.arg_names},
             {n: v for n, v in constants.items() if n in kernel.arg_names}, capability=capability,
-            num_warps=kernels.NUM_WARPS,
+            num_warps=kernels.NUM_WARPS, multiples_of_16=[n for n in kernel.arg_names if n in aligned],
         )  # fmt: skip
         assert report.spill_bytes == 0 and report.registers <= 255
         assert report.shared_bytes <= aot.SHARED_MEMORY_LIMIT[89]

@@ -6,6 +6,7 @@ weight and bias are added in a fixed order: equal calls give equal bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 NUM_WARPS = 4
-ROWS = 32  # of one program in the backward pass, which share its sums for weight and bias
+# Of the backward pass, in which a program's rows share its sums for weight and bias: one wave of programs, as many as
+# registers let run at once, but no fewer rows than make the sums over programs a small part of the work.
+PROGRAMS_PER_MULTIPROCESSOR, LEAST_ROWS = 7, 16
 
 
 @triton.jit
@@ -78,11 +81,11 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     x_gradient, y_gradient, branch_row, scale, next_row, weight, normalised, inverse_deviation, out,
-    branch_gradient, partial, rows, dim, IN_PLACE: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
+    branch_gradient, partial, rows, each, dim, IN_PLACE: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_BRANCH_ROW: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NEXT_ROW: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial [programs, 2, dim]: sums over this program's rows for weight and bias."""
+    """partial [programs, 2, dim]: sums over this program's rows, of which it has `each`, for weight and bias."""
     program = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     inside = k < dim
@@ -91,9 +94,9 @@ def backward_kernel(
     factors = tl.full((BLOCK,), 1.0, tl.float32)
     if HAS_WEIGHT:
         factors = tl.load(weight + k, inside, 0.0)
-    for i in range(ROWS):
-        row = tl.minimum(program * ROWS + i, rows - 1)  # the last row again, unstored, where there is none
-        stores = inside & (k * 0 + program * ROWS + i < rows)
+    for i in range(each):
+        row = tl.minimum(program * each + i, rows - 1)  # the last row again, unstored, where there is none
+        stores = inside & (k * 0 + program * each + i < rows)
         place = row.to(tl.int64) * dim + k
         target = tl.full((), -1, tl.int32)
         if HAS_Y:
@@ -152,6 +155,11 @@ def _table(chosen: Tensor | None, rows: int) -> Tensor | None:
     return table
 
 
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def residual_norm_forward(
     source: Tensor,
     x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
@@ -179,15 +187,17 @@ def residual_norm_backward(
 ) -> None:  # fmt: skip
     """As torch.ops.pera_fast.residual_norm_backward."""
     count, dim = out.shape
-    programs = triton.cdiv(count, ROWS)
+    most = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(out.device)
+    each = max(triton.cdiv(count, most), LEAST_ROWS)
+    programs = triton.cdiv(count, each)
     partial = None if y_gradient is None else out.new_empty(programs, 2, dim)
     if programs:
         backward_kernel[(programs,)](
             x_gradient, y_gradient, _table(rows, count), scale, _table(next_rows, count), weight, normalised,
-            inverse_deviation, out, branch_gradient, partial, count, dim,
+            inverse_deviation, out, branch_gradient, partial, count, each, dim,
             x_gradient is not None and x_gradient.data_ptr() == out.data_ptr(), x_gradient is not None,
             y_gradient is not None, branch_gradient is not None, rows is not None, scale is not None,
-            next_rows is not None, weight is not None, ROWS, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
+            next_rows is not None, weight is not None, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
         )  # fmt: skip
     for which, target in enumerate((weight_gradient, bias_gradient)):
         if target is not None and partial is not None:

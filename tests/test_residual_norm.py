@@ -243,7 +243,8 @@ import torch
 import test_residual_norm as tests
 from pera_fast.kernels import residual_norm as kernels
 for rows, dim, part, affine, keeps in ((1, 1, 1, True, True), (40, 24, 0.7, True, True), (33, 37, 1, False, True),
-                                       (33, 37, 0.3, True, False), (70, 48, 0.5, False, True)):
+                                       (33, 37, 0.3, True, False), (70, 48, 0.5, False, True),
+                                       (150, 20, 0.6, True, True)):
     c = tests.case(rows, dim, part, torch.float32)
     weight, bias = (c["weight"], c["bias"]) if affine else (None, None)
     count = rows if c["next_rows"] is None else len(c["next_rows"])
@@ -311,11 +312,12 @@ def test_triton_kernels_compile_without_spills(
     )
     types = {
         **floats, **dict.fromkeys(("branch", "y", "normalised", "y_gradient", "branch_gradient"), f"*{dtype}"),
-        **dict.fromkeys(("branch_row", "next_row"), "*i32"), "rows": "i32", "dim": "i32", "eps": "fp32",
+        **dict.fromkeys(("branch_row", "next_row"), "*i32"), **dict.fromkeys(("rows", "each", "dim"), "i32"),
+        "eps": "fp32",
     }  # fmt: skip
     for kernel in (kernels.forward_kernel, kernels.backward_kernel):
         flags = [n for n in kernel.arg_names if n.startswith(("HAS_", "KEEPS", "IN_PLACE"))]
-        constants = {**dict.fromkeys(flags, True), "BLOCK": 2 ** (dim - 1).bit_length(), "ROWS": kernels.ROWS}
+        constants = {**dict.fromkeys(flags, True), "BLOCK": 2 ** (dim - 1).bit_length()}
         report = aot.compile_kernel(
             kernel, {n: t for n, t in types.items() if n in kernel.arg_names},
             {n: v for n, v in constants.items() if n in kernel.arg_names}, capability=capability,
@@ -352,9 +354,9 @@ def test_triton_kernels_compile_without_some_tensors(name: str, without: list[st
         "KEEPS": "inverse_deviation", "KEEPS_NORMALISED": "normalised",
     }  # fmt: skip
     constants = {flag: tensor not in without for flag, tensor in flags.items()}
-    constants |= dict.fromkeys(without) | {"IN_PLACE": in_place, "BLOCK": 512, "ROWS": kernels.ROWS}
+    constants |= dict.fromkeys(without) | {"IN_PLACE": in_place, "BLOCK": 512}
     types = dict.fromkeys(kernel.arg_names, "*fp32") | {"branch_row": "*i32", "next_row": "*i32"}
-    types |= {"rows": "i32", "dim": "i32", "eps": "fp32"}
+    types |= {**dict.fromkeys(("rows", "each", "dim"), "i32"), "eps": "fp32"}
     report = aot.compile_kernel(
         kernel,
         {n: types[n] for n in kernel.arg_names if n not in constants},

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 NUM_WARPS = 4
 # Of the backward pass, in which a program's rows share its sums for weight and bias: one wave of programs, as many as
 # registers let run at once, but no fewer rows than make the sums over programs a small part of the work.
-PROGRAMS_PER_MULTIPROCESSOR, LEAST_ROWS = 7, 16
+PROGRAMS_PER_MULTIPROCESSOR, LEAST_ROWS = 6, 16
 
 
 @triton.jit

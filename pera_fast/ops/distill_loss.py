@@ -36,9 +36,9 @@ def distill_loss(
     s = z_student · (g v/‖v‖)ᵀ with the student's (v, g) and t likewise with the teacher's. The teacher's
     side has no gradient. Source: DINO (arXiv 2104.14294), PerA (arXiv 2505.19447).
 
-    The logits are made chunk by chunk of the prototypes and never all at once, forward and backward: the
-    extra memory is bounded whatever the number of rows. Nothing is approximated; equal calls on one device
-    give equal bits. Under autocast to bfloat16 the products are taken in bfloat16, all sums in float32.
+    The logits are made chunk by chunk of the prototypes; those that do not fit a fixed room are made again in the
+    backward pass: the extra memory is bounded whatever the number of rows. Nothing is approximated; equal calls on
+    one device give equal bits. Under autocast to bfloat16 the products are taken in bfloat16, all sums in float32.
 
     z_student, z_teacher: float [n, d], crop-major. prototypes: v [K, d], g [K, 1].
     centre: float [K]. groups: rows of each crop, adding up to n.

@@ -32,7 +32,7 @@ def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
     if dtype == torch.float32:  # tf32x3 holds three parts of every operand
         return 16, block_d, 4, (2 if dim <= 32 else 4)
     # Four warps are one warp group: on sm_90 they multiply whole tiles of 64 rows, eight share one.
-    return (64 if dim <= 64 else 32), block_d, (4 if dim <= 64 else 8), (4 if dim <= 32 else 8)
+    return (64, block_d, 4, 4 if dim <= 32 else 8) if dim <= 64 else (32, block_d, 4, 4)
 
 
 class Tiles(NamedTuple):

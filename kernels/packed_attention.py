@@ -9,7 +9,7 @@ gradient is written once. Long ones take two passes, one per side. No atomics: e
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -71,6 +71,17 @@ def tiles_of(groups: tuple[tuple[int, int], ...], device: torch.device, block: i
         for t in (starts, ends)
     ]
     return Tiles(*tables, *rows)
+
+
+_recorded: dict[Any, Tiles] = {}
+
+
+def _tiles(groups: tuple[tuple[int, int], ...], device: torch.device, block: int) -> Tiles:
+    """`tiles_of`, for good where a graph is recorded, which holds their addresses and not them."""
+    tiles = tiles_of(groups, device, block)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _recorded[groups, device, block] = tiles
+    return tiles
 
 
 @triton.jit
@@ -253,7 +264,7 @@ def attention_forward(
     """As torch.ops.pera_fast.attention_forward, for (number of sequences, their length) in row order."""
     rows, _, heads, dim = qkv.shape
     block, block_d, warps, _ = config(qkv.dtype, dim)
-    tiles = tiles_of(groups, qkv.device, block)
+    tiles = _tiles(groups, qkv.device, block)
     if len(tiles.every):
         forward_kernel[(len(tiles.every), heads)](
             qkv, out, softmax, tiles.every, tiles.start, tiles.end, rows, heads, dim, scale, block, block_d,
@@ -268,7 +279,7 @@ def attention_backward(
     """As torch.ops.pera_fast.attention_backward."""
     rows, _, heads, dim = qkv.shape
     block, block_d, warps, warps_long = config(qkv.dtype, dim)
-    tiles, options = tiles_of(groups, qkv.device, block), {"num_stages": NUM_STAGES}
+    tiles, options = _tiles(groups, qkv.device, block), {"num_stages": NUM_STAGES}
     if len(tiles.short):
         short_backward_kernel[(len(tiles.short), heads)](
             gradient, qkv, qkv_gradient, tiles.short, tiles.start, tiles.end, heads, dim, scale, block,

@@ -138,20 +138,26 @@ def backward_kernel(
 
 
 # A branch's table is asked for four times in a step: by it and the one before, forward and backward.
-_tables: MutableMapping[Tensor, tuple[int, int, Tensor]] = WeakIdKeyDictionary()
+_tables: MutableMapping[Tensor, tuple[tuple[int, ...], Tensor]] = WeakIdKeyDictionary()
 
 
 def _table(chosen: Tensor | None, rows: int) -> Tensor | None:
-    """Where each row of the stream lies among `chosen`, int32 [rows], -1 for nowhere; made once until it changes."""
+    """Where each row of the stream lies among `chosen`, int32 [rows], -1 for nowhere; made once until it changes.
+
+    Once for a stream, and again for a graph, whose replays make it anew: two graphs must not share one `chosen`.
+    """
     if chosen is None:
         return None
-    version = -1 if chosen.is_inference() else chosen._version
+    state = (rows, -1 if chosen.is_inference() else chosen._version)
+    if chosen.is_cuda:
+        stream = torch.cuda.current_stream(chosen.device).cuda_stream
+        state += (stream, torch.cuda.is_current_stream_capturing())
     known = _tables.get(chosen)
-    if known is not None and version >= 0 and known[:2] == (version, rows):
-        return known[2]
+    if known is not None and known[0] == state and state[1] >= 0:
+        return known[1]
     table = torch.full((rows,), -1, dtype=torch.int32, device=chosen.device)
     table.scatter_(0, chosen, torch.arange(len(chosen), dtype=torch.int32, device=chosen.device))
-    _tables[chosen] = version, rows, table
+    _tables[chosen] = state, table
     return table
 
 

@@ -93,6 +93,7 @@ class Engine:
         self._gathered = 0  # exchanges of outputs in this step
         self._temperature, self._stop, self._failed = torch.zeros(3, device=device)
         self._graph: StepGraph | None = None
+        self._done: torch.cuda.Event | None = None  # when the last step was
         self._prepared: tuple[int, Sequence[Batch], list[Input]] | None = None
         can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
         # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
@@ -166,7 +167,33 @@ class Engine:
         # Outside of the handler, whose traceback holds the tensors of the failed pass.
         if update is None and self._replicas is not None:
             update = partial(self._update, self._not_finite(batches), passes)
-        return None if update is None else _to_host(update())
+        return None if update is None else self._to_host(update())
+
+    def _to_host(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """What waits for numbers of the device, and not for what it is given to do after them."""
+        if numbers.device.type != "cuda":
+            return numbers.tolist
+        host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        self._done = done = torch.cuda.Event(enable_timing=True)
+        done.record()
+
+        def wait() -> list[float]:
+            done.synchronize()
+            return host.tolist()
+
+        return wait
+
+    def idle_seconds(self) -> float:
+        """Since the device has had nothing to do; infinity where that is not known, or always, as on a CPU."""
+        if self._done is None:
+            return math.inf
+        if not torch.cuda.current_stream().query():
+            return 0.0
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        return self._done.elapsed_time(now) / 1000
 
     def _take_smaller_passes(self, step: int, images: int, failed: int) -> None:
         """After a step for which memory was short on `failed` ranks."""
@@ -412,19 +439,3 @@ class Engine:
     def _autocast(self) -> torch.autocast:
         enabled = self.config.run.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
-
-
-def _to_host(numbers: Tensor) -> Callable[[], list[float]]:
-    """What waits for numbers of the device, and not for what it is given to do after them."""
-    if numbers.device.type != "cuda":
-        return numbers.tolist
-    arrived = torch.cuda.Event()
-    host = torch.empty_like(numbers, device="cpu", pin_memory=True)
-    host.copy_(numbers, non_blocking=True)
-    arrived.record()
-
-    def wait() -> list[float]:
-        arrived.synchronize()
-        return host.tolist()
-
-    return wait

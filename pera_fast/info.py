@@ -65,7 +65,10 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _cudnn() -> str | None:
     """Whose attention torch prefers on sm_90 from 9.15 on (torch 2.11)."""
-    found = torch.backends.cudnn.version()
+    try:
+        found = torch.backends.cudnn.version()
+    except RuntimeError as error:  # of a version that does not go with this torch or GPU
+        return str(error).splitlines()[0]
     return None if found is None else f"{found // 10000}.{found // 100 % 100}.{found % 100}"
 
 

@@ -77,12 +77,13 @@ def plan(config: Config) -> Plan:
 
 def input_bytes(config: Config, itemsize: int = 1) -> int:
     """Bytes of an image on a GPU besides what a pass holds: its pixels, of this batch and of the next, which is
-    copied ahead, and its patches a second time where steps are recorded. itemsize: bytes of a pixel's band."""
+    copied ahead. Where steps are recorded, and hold on to their memory, those of a third and the next one's patches.
+    itemsize: bytes of a pixel's band."""
     source = config.model.in_bands * config.data.window_px**2 * itemsize
     if not config.run.cuda_graph or config.run.shard != "none":
         return 2 * source
     groups, *rows = synthetic_patches(config, 1, torch.device("meta"))
-    return 2 * source + sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
+    return 3 * source + sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
 
 
 def peak_bytes(config: Config, images: int) -> int:

@@ -11,11 +11,13 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +40,6 @@ from pera_fast.schedules import Schedules, StepValues
 
 _log = logging.getLogger("pera_fast")
 DEMO_SCENES = Path(pera_fast.__file__).parent / "demo"
-
-
-class Read(NamedTuple):
-    """The images of one step."""
-
-    batches: list[Batch]  # one per forward pass
-    waited: float  # seconds in which the device had nothing to do
 
 
 class Run:
@@ -87,21 +82,31 @@ class Run:
         self._loader = make_loader(
             self.dataset, self._first_image, steps, world.rank, world.ranks, world.device
         )  # fmt: skip
-        self.asked_to_stop = False
+        self.asked_to_stop, self._waited = False, 0.0
         self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
         self._skipped_in_a_row = 0
 
-    def read(self, step: int) -> Read:
-        """This rank's batches of a step, cropped as far as the device is free; nothing after the last step."""
+    def read(self, step: int) -> list[Batch]:
+        """This rank's batches of a step, one for each forward pass, whose crops are begun; none after the last step."""
         if step >= self.total_steps:
-            return Read([], 0.0)
+            return []
         started = time.perf_counter()
         batches = [next(self._loader) for _ in range(self.config.run.accumulate)]
-        is_idle = self.world.device.type == "cpu" or torch.cuda.current_stream().query()
-        waited = time.perf_counter() - started if is_idle else 0.0
+        self._waited += min(time.perf_counter() - started, self.engine.idle_seconds())
         self.engine.prepare(step, batches)
-        return Read(batches, waited)
+        return batches
+
+    def read_ahead(self, step: int) -> Callable[[], list[Batch]]:
+        """`read`, before the step before has been recorded: what fails is raised when the batches are asked for."""
+        if self.asked_to_stop:  # there will hardly be such a step
+            return partial(self.read, step)
+        done: Future[list[Batch]] = Future()
+        try:
+            done.set_result(self.read(step))
+        except Exception as error:
+            done.set_exception(error)
+        return done.result
 
     def close(self) -> None:
         """Records and reading workers; these would keep a process that an error ends waiting for them."""
@@ -149,14 +154,14 @@ class Run:
         (folder / "ops.txt").write_text(table, encoding="utf-8")
         _log.info("profile: %s", folder)
 
-    def after_step(self, step: int, report: StepReport, read: Read) -> None:
+    def after_step(self, step: int, report: StepReport, batches: Sequence[Batch]) -> None:
         """Record the step, count what was skipped, write checkpoints, evaluate; stop a hopeless run."""
         run, done = self.config.run, step + 1
         if step == self.start_step and self.world.device.type == "cpu":
             _keep_freed_memory()  # not before: the workers that read have been started without it
         if self._profiler is not None:
             self._profiler.step()
-        self._count_bad(read.batches)
+        self._count_bad(batches)
         if self._predicted_bytes is not None and step == self.start_step + 1:
             peak = _peak_memory_bytes(self.world.device)
             _log.info("peak memory %.2f GB, predicted %.2f GB", peak / 1e9, self._predicted_bytes / 1e9)
@@ -169,10 +174,11 @@ class Run:
             report,
             self.values_at(step),
             self._images_per_step,
-            read.waited,
+            self._waited,
             len(self._bad),
             health,
         )
+        self._waited = 0.0
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= run.max_skipped:
             kept = checkpoint.complete(self.out / "checkpoints")

@@ -41,12 +41,12 @@ def train(config: Config, on: World) -> None:
     run = Run(config, on)
     try:
         with run.watching():
-            read = run.read(run.start_step)
+            batches = run.read(run.start_step)
             for step in range(run.start_step, run.total_steps):
-                wait = run.engine.start(step, read.batches, run.values_at(step), run.asked_to_stop)
-                following = run.read(step + 1)  # while the device works
-                run.after_step(step, wait(), read)
-                read = following
+                report = run.engine.start(step, batches, run.values_at(step), run.asked_to_stop)
+                following = run.read_ahead(step + 1)  # while the device works
+                run.after_step(step, report(), batches)
+                batches = following()
     finally:
         run.close()
     run.finish()

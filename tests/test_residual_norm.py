@@ -236,6 +236,27 @@ def test_numerics_on_cuda(
     )  # fmt: skip
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+def test_a_graph_makes_the_tables_of_its_rows_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though eager calls with the same tensor have made them before."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", "residual_norm=triton")
+    x, branch = torch.randn(40, 64, device="cuda"), torch.randn(9, 64, device="cuda")
+    rows = torch.randperm(40, device="cuda")[:9]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            ops.residual_add(x, branch, rows, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = ops.residual_add(x, branch, rows, None)
+        rows.copy_(torch.randperm(40, device="cuda")[:9])
+        graph.replay()
+        want = x.index_add(0, rows, branch)
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+
+
 # --- the Triton kernels, without a GPU ---
 
 INTERPRETED = """

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import run_module
+from conftest import ONE, run_module, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
+from pera_fast import run as run_of_training
+from pera_fast import train
 from pera_fast.config import PRESETS
+from pera_fast.data.sources import DataError
+from pera_fast.engine import Preempted
 
 SMALL = (
     "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-px", 8, "--global-px", 40, "--local-px", 24,
@@ -293,3 +302,62 @@ def test_freed_memory_is_kept_for_the_next_step(is_set: bool) -> None:
     if libc != "glibc" or int(before) < 100:
         pytest.skip(f"{libc}'s malloc, {before} page faults")
     assert int(after) * 10 < int(before) if not is_set else int(after) * 2 > int(before)
+
+
+# --- reading ahead ---
+
+
+def _with_loader(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]
+) -> None:
+    """Six steps in this process; before: called with the number of each batch, from 0 on, before it is there."""
+    plain = run_of_training.make_loader
+
+    def disturbed(*arguments: Any) -> Iterator[Any]:
+        for number, batch in enumerate(plain(*arguments)):
+            before(number)
+            yield batch
+
+    monkeypatch.setattr(run_of_training, "make_loader", disturbed)
+    config = tiny_config(max_steps=6, log_every=1, checkpoint_every=4, out=str(out))
+    train.train(replace(config, data=replace(config.data, data=str(folder))), ONE)
+
+
+def test_what_fails_while_reading_ahead_costs_no_finished_step(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int) -> None:
+        if number == 4:
+            raise DataError("the disk is gone")
+
+    with pytest.raises(DataError, match="the disk is gone"):
+        _with_loader(image_folder, tmp_path / "run", monkeypatch, fail)
+    assert [r["step"] for r in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    assert (tmp_path / "run/checkpoints/step_00000004").is_dir()
+
+
+def test_waiting_for_images_is_of_the_line_in_which_it_happens(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_loader(image_folder, tmp_path / "run", monkeypatch, lambda number: time.sleep(2 * (number == 3)))
+    shares = [r["data_wait_share"] for r in lines(tmp_path / "run")]
+    assert all(0 <= share <= 1 for share in shares)
+    # The fourth batch is read while the third step is recorded.
+    assert shares[2] > 0.5 and max(shares[3:]) < 0.5
+
+
+def test_nothing_is_read_for_a_step_that_will_not_be(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def note(number: int) -> None:
+        asked.append(number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        _with_loader(image_folder, tmp_path / "run", monkeypatch, note)
+    # The signal comes while the third batch is read, ahead of its step: that step is the last.
+    assert asked == [0, 1, 2] and [r["step"] for r in lines(tmp_path / "run")] == [1, 2, 3]
+    assert (tmp_path / "run/checkpoints/step_00000003").is_dir()

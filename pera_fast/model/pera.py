@@ -209,7 +209,7 @@ class PerA(nn.Module):
         if len(groups) == 1:
             return [table]
         with torch.autocast(table.device.type, enabled=False):
-            return [table, self.resampling @ table]
+            return [table, self.resampling.to(table.dtype) @ table]
 
 
 def draw_subsets(

@@ -92,3 +92,7 @@ def why_no_triton() -> str | None:
         return "no GPU visible"
     has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
     return None if has_compiler else "Triton needs a C compiler"
+
+
+# As in _dispatch: torch.compile takes the answer for constant and looks for the mark under the cache.
+why_no_triton.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Raw logits of a chunk of prototypes fill about this much, to stay in cache on a CPU and to be many enough
-# for a GPU; both networks' are there at once, and the gradient.
+# Raw logits of a chunk of prototypes fill at most about this much, to stay in cache on a CPU and to bound the memory
+# on a GPU; both networks' are there at once, and the gradient.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 
 

@@ -16,7 +16,7 @@ from pera_fast import reference
 from pera_fast.ops import _dispatch, _library, _prototypes
 
 # Logits that fit into this are kept for the backward pass; those of the other prototypes are made again. On a GPU
-# 131072 prototypes and 1000 rows fit.
+# 131072 prototypes and 1000 rows fit in bfloat16.
 _KEPT_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 

@@ -49,7 +49,8 @@ def _warn_of_one_row() -> None:
 class _GramTimes(torch.autograd.Function):
     """WᵀW z for rows of z [m, d], W = g v/‖v‖ [K, d], without W as a whole.
 
-    On a CPU by the rows' logits, block by block: few rows are less work than WᵀW. A GPU is quicker at WᵀW itself.
+    In C++ by the rows' logits, block by block: few rows are less work than WᵀW. Elsewhere by WᵀW itself, whatever the
+    rows, which a GPU is quick at.
     """
 
     @staticmethod

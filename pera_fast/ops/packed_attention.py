@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
@@ -235,6 +236,7 @@ class _Operands(torch.autograd.Function):
         return tuple(_operands(qkv, groups, longer_than))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         if not gradients:
             return None, None, None
@@ -249,7 +251,7 @@ if _library.why_no_cpp() is None:
     torch.library.register_fake("pera_fast::attention_backward", lambda *_: None)
 
 _dispatch.register("packed_attention", "cpp", _kernels, _library.why_no_cpp)
-# On a GPU the library goes first until the kernels have been measured there (bench_packed_attention.py).
+# On a GPU the library takes long sequences until the kernels have been measured there (bench_packed_attention.py).
 _dispatch.register("packed_attention", "torch", _torch)
 _dispatch.register("packed_attention", "triton", _kernels, _library.why_no_triton)
 _dispatch.register("packed_attention", "xformers", _xformers, _why_no_xformers)

@@ -81,7 +81,7 @@ def compile_kernel(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
     cubin = compiled.asm["cubin"]
     registers, spill_bytes = resource_usage(cubin)

@@ -137,10 +137,10 @@ def distill_sums(
     partial = torch.empty(splits, 5, rows, dtype=torch.float32, device=student.device)
     sums_kernel[(row_blocks, splits)](
         teacher, student, scale_teacher, scale_student, centre, inverse_tau_teacher, inverse_tau_student,
-        partial, prototypes, rows, per_split, BLOCK_PROTOTYPES, BLOCK_ROWS, num_warps=NUM_WARPS,
+        partial, prototypes, rows, per_split, BLOCK_PROTOTYPES, BLOCK_ROWS, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-        partial, state, splits, rows, SPLITS, MERGE_ROWS, num_warps=NUM_WARPS
+        partial, state, splits, rows, SPLITS, MERGE_ROWS, num_warps=NUM_WARPS, enable_fp_fusion=True
     )
 
 
@@ -154,5 +154,5 @@ def distill_gradient(
     gradient_kernel[(triton.cdiv(prototypes, GRADIENT_PROTOTYPES),)](
         teacher, student, scale_teacher, scale_student, centre, inverse_tau_teacher, inverse_tau_student,
         log_sum_x, log_sum_y, weight, gradient, dot, prototypes, rows, GRADIENT_PROTOTYPES, BLOCK_ROWS,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -268,7 +268,7 @@ def attention_forward(
     if len(tiles.every):
         forward_kernel[(len(tiles.every), heads)](
             qkv, out, softmax, tiles.every, tiles.start, tiles.end, rows, heads, dim, scale, block, block_d,
-            num_warps=warps, num_stages=NUM_STAGES,
+            num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -279,7 +279,7 @@ def attention_backward(
     """As torch.ops.pera_fast.attention_backward."""
     rows, _, heads, dim = qkv.shape
     block, block_d, warps, warps_long = config(qkv.dtype, dim)
-    tiles, options = _tiles(groups, qkv.device, block), {"num_stages": NUM_STAGES}
+    tiles, options = _tiles(groups, qkv.device, block), {"num_stages": NUM_STAGES, "enable_fp_fusion": True}
     if len(tiles.short):
         short_backward_kernel[(len(tiles.short), heads)](
             gradient, qkv, qkv_gradient, tiles.short, tiles.start, tiles.end, heads, dim, scale, block,

@@ -181,7 +181,7 @@ def residual_norm_forward(
         inverse_deviation, x.shape[1], eps, source.data_ptr() == x.data_ptr(), branch is not None,
         rows is not None, scale is not None, y is not None, next_rows is not None, weight is not None,
         bias is not None, inverse_deviation is not None, keeps_normalised,
-        triton.next_power_of_2(x.shape[1]), num_warps=NUM_WARPS,
+        triton.next_power_of_2(x.shape[1]), num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -204,6 +204,7 @@ def residual_norm_backward(
             x_gradient is not None and x_gradient.data_ptr() == out.data_ptr(), x_gradient is not None,
             y_gradient is not None, branch_gradient is not None, rows is not None, scale is not None,
             next_rows is not None, weight is not None, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     for which, target in enumerate((weight_gradient, bias_gradient)):
         if target is not None and partial is not None:

@@ -123,20 +123,20 @@ class Engine:
         self._temperature.fill_(values.teacher_temperature)
         self._stop.fill_(stop)
         self.optimizer.schedule(lr=values.lr, weight_decay=values.weight_decay, momentum=values.momentum)
-        launched = self._launch(step, batches)
+        numbers = self._launch(step, batches)
 
-        def report() -> StepReport:
-            read = launched
+        def wait() -> StepReport:
+            nonlocal numbers
             while True:
                 failed = 1
-                if read is not None:
-                    report, failed = self._report(read(), len(batches) * self._passes_per_batch)
+                if numbers is not None:
+                    report, failed = self._report(numbers(), len(batches) * self._passes_per_batch)
                     if not failed:
                         return report
                 self._take_smaller_passes(step, len(batches[0]), failed)
-                read = self._launch(step, batches)
+                numbers = self._launch(step, batches)
 
-        return report
+        return wait
 
     def prepare(self, step: int, batches: Sequence[Batch]) -> None:
         """Crop the patches of a step that is started later, with these very batches."""

@@ -43,9 +43,9 @@ def train(config: Config, on: World) -> None:
         with run.watching():
             batches = run.read(run.start_step)
             for step in range(run.start_step, run.total_steps):
-                report = run.engine.start(step, batches, run.values_at(step), run.asked_to_stop)
+                wait = run.engine.start(step, batches, run.values_at(step), run.asked_to_stop)
                 following = run.read_ahead(step + 1)  # while the device works
-                run.after_step(step, report(), batches)
+                run.after_step(step, wait(), batches)
                 batches = following()
     finally:
         run.close()

@@ -22,11 +22,13 @@ PROGRAMS_PER_MULTIPROCESSOR, LEAST_ROWS = 6, 16
 
 
 @triton.jit
-def _place(table, row, HAS_TABLE: tl.constexpr):
-    """Where a row of the stream lies, -1 for nowhere."""
-    place = row
-    if HAS_TABLE:
-        place = tl.load(table + row)
+def _place(table, row, HAS: tl.constexpr, HAS_TABLE: tl.constexpr):
+    """Where a row of the stream lies among a branch's, if there is one; -1 for nowhere."""
+    place = tl.full((), -1, tl.int32)
+    if HAS:
+        place = row
+        if HAS_TABLE:
+            place = tl.load(table + row)
     return place
 
 
@@ -40,12 +42,8 @@ def forward_kernel(
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     inside = k < dim
-    place = tl.full((), -1, tl.int32)
-    if HAS_BRANCH:
-        place = _place(branch_row, row, HAS_BRANCH_ROW)
-    target = tl.full((), -1, tl.int32)
-    if HAS_Y:
-        target = _place(next_row, row, HAS_NEXT_ROW)
+    place = _place(branch_row, row, HAS_BRANCH, HAS_BRANCH_ROW)
+    target = _place(next_row, row, HAS_Y, HAS_NEXT_ROW)
     # In place, a row that neither branch works on stays as it is: most do, in the blocks before the targets enter.
     reads, writes = inside, inside
     if IN_PLACE:
@@ -98,12 +96,8 @@ def backward_kernel(
         row = tl.minimum(program * each + i, rows - 1)  # the last row again, unstored, where there is none
         stores = inside & (k * 0 + program * each + i < rows)
         place = row.to(tl.int64) * dim + k
-        target = tl.full((), -1, tl.int32)
-        if HAS_Y:
-            target = _place(next_row, row, HAS_NEXT_ROW)
-        source = tl.full((), -1, tl.int32)
-        if HAS_BRANCH:
-            source = _place(branch_row, row, HAS_BRANCH_ROW)
+        target = _place(next_row, row, HAS_Y, HAS_NEXT_ROW)
+        source = _place(branch_row, row, HAS_BRANCH, HAS_BRANCH_ROW)
         reads, writes = inside, stores
         if IN_PLACE:  # only the norm changes a row's gradient
             reads = inside & (k * 0 + tl.maximum(source, target) >= 0)

@@ -169,15 +169,9 @@ class Run:
         is_logged = done % run.log_every == 0 or done == self.total_steps
         health = self.engine.health() if is_logged and (self.world.is_first or run.shard != "none") else {}
         self.records.step(
-            done,
-            epoch,
-            report,
-            self.values_at(step),
-            self._images_per_step,
-            self._waited,
-            len(self._bad),
+            done, epoch, report, self.values_at(step), self._images_per_step, self._waited, len(self._bad),
             health,
-        )
+        )  # fmt: skip
         self._waited = 0.0
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if self._skipped_in_a_row >= run.max_skipped:

@@ -31,9 +31,15 @@ SMALL = (
 )  # fmt: skip
 
 
-def train_here(*options: object) -> None:
+@pytest.fixture
+def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The command in this process, which is quicker where nothing is made of its answer."""
-    train.train(train.parse([str(option) for option in options]), ONE)
+    monkeypatch.setattr(run_of_training, "_keep_freed_memory", lambda: None)  # it would outlast the test
+
+    def run(*options: object) -> None:
+        train.train(train.parse([str(option) for option in options]), ONE)
+
+    return run
 
 
 def lines(out: Path) -> list[dict[str, float]]:
@@ -78,14 +84,18 @@ def test_run_resume_and_records(image_folder: Path, tmp_path: Path) -> None:
         assert (out / "report.html").stat().st_size > 10_000
 
 
-def test_a_second_run_moves_the_first_aside(image_folder: Path, tmp_path: Path) -> None:
+def test_a_second_run_moves_the_first_aside(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None]
+) -> None:
     out = tmp_path / "run"
     for _ in range(2):
         train_here(*SMALL, "--data", image_folder, "--out", out, "--max-steps", 1)
     assert len(lines(out)) == 1 and len(lines(tmp_path / "run.old-1")) == 1
 
 
-def test_the_folder_of_another_run_is_refused(image_folder: Path, tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_refused(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None]
+) -> None:
     out = tmp_path / "run"
     command = [*SMALL, "--data", image_folder, "--out", out, "--max-steps", 1]
     train_here(*command)
@@ -121,7 +131,10 @@ def test_yaml_config_is_read_and_written(image_folder: Path, tmp_path: Path) -> 
         1, "--workers", 0, "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    train_here("--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again")
+    again = run_module(
+        "pera_fast.train", "--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again"
+    )
+    assert again.returncode == 0, again.stderr
     assert lines(tmp_path / "again")[0]["loss"] == lines(tmp_path / "run")[0]["loss"]
 
 
@@ -321,6 +334,7 @@ def _with_loader(
             yield batch
 
     monkeypatch.setattr(run_of_training, "make_loader", disturbed)
+    monkeypatch.setattr(run_of_training, "_keep_freed_memory", lambda: None)  # it would outlast the test
     config = tiny_config(max_steps=6, log_every=1, checkpoint_every=4, out=str(out))
     train.train(replace(config, data=replace(config.data, data=str(folder))), ONE)
 

@@ -171,13 +171,13 @@ def flop_per_image(config: Config) -> int:
     """Products of one image's forward and backward pass: tokens through the blocks, attention, heads, loss."""
     model, crops = config.model, config.crops
     dim, hidden = model.embed_dim, int(model.embed_dim * model.mlp_ratio)
-    per_token = 2 * dim * (4 * dim + 2 * hidden)  # qkv, proj, fc1, fc2
+    qkv_proj, mlp = 2 * dim * 4 * dim, 2 * dim * 2 * hidden  # of a token
     pixels = model.in_bands * model.patch_px**2
     kept = 1 - model.drop_path
 
     def blocks(groups: list[tuple[int, int]], number: int) -> float:
         """(sequences, length) through `number` blocks, forward."""
-        return number * sum(n * (length * per_token + 4 * length**2 * dim) for n, length in groups)
+        return number * sum(n * (length * (qkv_proj + mlp) + 4 * length**2 * dim) for n, length in groups)
 
     kinds = _crop_kinds(config)
     student = [(number, 1 + s) for number, (s, _, _) in kinds]
@@ -186,7 +186,10 @@ def flop_per_image(config: Config) -> int:
     targets = sum(number * p for number, (_, p, _) in kinds)
     patches = [sum(number * sets[i] for number, sets in kinds) for i in (0, 2)]
     half = model.depth // 2
-    student_blocks = kept * (blocks(student, half) + blocks(with_targets, model.depth - half))
+    # The last MLP sees CLS tokens and targets alone.
+    student_blocks = kept * (
+        blocks(student, half) + blocks(with_targets, model.depth - half) - patches[0] * mlp
+    )
     widths = [dim, *[model.head_hidden_dim] * (model.head_layers - 1), model.head_bottleneck_dim]
     head = 2 * sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
     rows = crops.num_global + crops.num_local
@@ -197,7 +200,8 @@ def flop_per_image(config: Config) -> int:
         + targets * (head + 2 * model.head_bottleneck_dim * pixels)
     )
     embedding = [2 * count * pixels * dim for count in patches]
-    teacher_side = blocks(teacher, model.depth) + embedding[1] + rows * (head + prototypes)
+    teacher_blocks = blocks(teacher, model.depth) - patches[1] * mlp
+    teacher_side = teacher_blocks + embedding[1] + rows * (head + prototypes)
     # Backward twice the forward pass; no gradient goes to the pixels.
     return round(3 * student_side + 2 * embedding[0] + teacher_side)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_fast.config import PRESETS, Config
 from pera_fast.model.pera import CropGroup, Patches, PerA, draw_subsets
-from pera_fast.model.vit import VisionTransformer
+from pera_fast.model.vit import Subset, VisionTransformer
 from pera_fast.plan import synthetic_patches
 
 
@@ -71,7 +72,7 @@ def groups(batch: int) -> list[CropGroup]:
 def test_drop_path_subsets() -> None:
     subsets = draw_subsets(groups(4), 0.3, depth=3, step=5)
     assert len(subsets) == 6
-    for branch, subset in enumerate(subsets):
+    for branch, subset in enumerate(subsets[:-1]):
         seen = 8 if branch < 2 else 13  # block depth // 2 = 1 is the first to see the targets
         assert list(subset.groups) == [(5, seen), (22, 4)]
         assert subset.rows is not None and subset.scale is not None
@@ -81,6 +82,11 @@ def test_drop_path_subsets() -> None:
         assert (first % 13).max() == seen - 1  # a sequence ends before its targets, or with them
         assert subset.scale[0].item() == pytest.approx(8 / 5)
         assert subset.scale[-1].item() == pytest.approx(32 / 22)
+    last = subsets[-1]  # CLS and targets of a global crop's 13 tokens, CLS of a local one's 4
+    assert list(last.groups) == [(5, 6), (22, 1)] and last.rows is not None and last.scale is not None
+    assert len(last.rows.unique()) == len(last.rows) == len(last.scale) == 5 * 6 + 22
+    assert (last.rows[:30].view(5, 6) % 13 == torch.tensor([0, 8, 9, 10, 11, 12])).all()
+    assert ((last.rows[30:] - 8 * 13) % 4 == 0).all()
     again = draw_subsets(groups(4), 0.3, depth=3, step=5)
     assert all(torch.equal(a.rows, b.rows) for a, b in zip(subsets, again, strict=True))
     other = draw_subsets(groups(4), 0.3, depth=3, step=6)
@@ -92,10 +98,12 @@ def test_at_least_one_sequence_stays() -> None:
     assert [count for count, _ in draw_subsets(single, 0.9, 1)[0].groups] == [1, 1]
 
 
-def test_without_drop_path_only_the_targets_are_left_out() -> None:
+def test_without_drop_path_only_unseen_targets_and_unread_rows_are_left_out() -> None:
     subsets = draw_subsets(groups(1), 0.0, 3)
     visible = [13 * i + j for i in range(2) for j in range(8)] + list(range(26, 26 + 8 * 4))
-    assert [s.rows.tolist() if s.rows is not None else None for s in subsets] == [visible] * 2 + [None] * 4
+    read = [13 * i + j for i in range(2) for j in (0, *range(8, 13))] + list(range(26, 26 + 8 * 4, 4))
+    want = [visible] * 2 + [None] * 3 + [read]
+    assert [s.rows.tolist() if s.rows is not None else None for s in subsets] == want
     assert all(s.scale is None for s in subsets)
 
 
@@ -125,6 +133,50 @@ def run(model: PerA, config: Config, precision: str) -> dict[str, torch.Tensor]:
     losses.total.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": losses.total.detach(), **gradients}
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_rows_left_out_of_the_last_mlp_are_not_read(
+    drop_path: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and gradients are those of a last MLP that works on every token of its sequences."""
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = PerA(config).double()
+    patches = drawn_patches(config, 4)
+    patches = Patches(patches.groups, *(x.double() for x in patches[1:]))
+    subsets = draw_subsets(patches.groups, drop_path, config.model.depth)
+
+    def one_pass() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        losses = model(patches, subsets, 0.04)
+        losses.total.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"losses": torch.stack((losses.total.detach(), losses.pixel, losses.koleo)), **found}
+
+    def with_every_token(last: Subset, attention: Subset) -> Subset:
+        rows, scales, start = [], [], 0
+        for (count, read), (_, length) in zip(last.groups, attention.groups, strict=True):
+            stop = start + count * read
+            rows.append((last.rows[start:stop:read, None] + torch.arange(length)).flatten())
+            if last.scale is not None:
+                scales.append(last.scale[start].expand(count * length))
+            start = stop
+        counts = [(n, length) for (n, _), (_, length) in zip(last.groups, attention.groups, strict=True)]
+        return Subset(counts, torch.cat(rows), torch.cat(scales) if scales else None)
+
+    got, rows_left_out = one_pass(), []
+    blocks_forward = VisionTransformer.blocks_forward
+
+    def on_every_row(self: VisionTransformer, x: torch.Tensor, subsets: Sequence[Subset]) -> torch.Tensor:
+        last = with_every_token(subsets[-1], subsets[-2])
+        rows_left_out.append(len(last.rows) - len(subsets[-1].rows))
+        return blocks_forward(self, x, [*subsets[:-1], last])
+
+    monkeypatch.setattr(VisionTransformer, "blocks_forward", on_every_row)
+    for name, value in one_pass().items():
+        assert torch.allclose(got[name], value, rtol=1e-10, atol=1e-13), name
+    assert len(rows_left_out) == 2 and min(rows_left_out) > 0  # teacher and student
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -155,8 +155,11 @@ class PerA(nn.Module):
             positions = self._positions(backbone, groups)
             x = backbone.embed(patches.teacher_rows, [g.teacher for g in groups], positions)
             shapes: Groups = [(len(g.teacher), 1 + g.teacher.shape[1]) for g in groups]
-            x = backbone.blocks_forward(x, [Subset(shapes)] * (2 * len(backbone.blocks)))
-            z = self.teacher.cls_head(backbone.norm_rows(x, _cls_rows(shapes, x.device)))
+            cls_rows = _cls_rows(shapes, x.device)
+            # Of the last MLP's output nothing but the CLS tokens is read.
+            last = Subset([(count, 1) for count, _ in shapes], cls_rows)
+            x = backbone.blocks_forward(x, [*[Subset(shapes)] * (2 * len(backbone.blocks) - 1), last])
+            z = self.teacher.cls_head(backbone.norm_rows(x, cls_rows))
         return z.clone()  # of an inference tensor, which the loss could not keep for its backward pass
 
     def forward(
@@ -243,28 +246,34 @@ def draw_subsets(
 def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tensor] | None) -> list[Subset]:
     """Subsets from the chosen sequences of each crop size, int64 [2 * depth, size]; None: every sequence.
 
-    In the first depth // 2 blocks the sequences end before their targets.
+    In the first depth // 2 blocks the sequences end before their targets. The last MLP sees only what is read of its
+    output: CLS tokens and targets.
     """
     device = groups[0].student.device
     counts = [len(g.student) for g in groups]
-    lengths = [1 + g.student.shape[1] + g.target.shape[1] for g in groups]
+    visible = [1 + g.student.shape[1] for g in groups]
+    lengths = [n + g.target.shape[1] for n, g in zip(visible, groups, strict=True)]
     starts = [
         sum(n * length for n, length in zip(counts[:i], lengths[:i], strict=True)) for i in range(len(groups))
     ]
+    every = [torch.arange(length, device=device) for length in lengths]
+    half, last = 2 * (depth // 2), 2 * depth - 1
     subsets: list[Subset] = []
-    for branches, seen in (
-        (range(2 * (depth // 2)), [1 + g.student.shape[1] for g in groups]),
-        (range(2 * (depth // 2), 2 * depth), lengths),
+    for branches, tokens in (
+        (range(half), [of[:n] for of, n in zip(every, visible, strict=True)]),
+        (range(half, last), every),
+        (range(last, last + 1), [torch.cat((of[:1], of[n:])) for of, n in zip(every, visible, strict=True)]),
     ):
+        seen = [len(of) for of in tokens]
         if chosen is None and seen == lengths:
             subsets += [Subset(list(zip(counts, lengths, strict=True)))] * len(branches)
             continue
         rows, scales, shapes = [], [], []
         for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            every = torch.arange(count, device=device).expand(len(branches), count)
-            picked = every if chosen is None else chosen[i].to(device)[branches.start : branches.stop]
+            sequences = torch.arange(count, device=device).expand(len(branches), count)
+            picked = sequences if chosen is None else chosen[i].to(device)[branches.start : branches.stop]
             size = picked.shape[1]
-            place = starts[i] + picked[:, :, None] * length + torch.arange(seen[i], device=device)
+            place = starts[i] + picked[:, :, None] * length + tokens[i]
             rows.append(place.flatten(1))
             scales.append(torch.full((size * seen[i],), count / size, device=device))
             shapes.append((size, seen[i]))

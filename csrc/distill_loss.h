@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "exponential.h"
+#include "host_device.h"
 
 namespace pera_fast {
 

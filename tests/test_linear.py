@@ -17,7 +17,9 @@ linear_module = sys.modules["pera_fast.ops.linear"]  # the function of that name
 
 
 @pytest.mark.parametrize(("backend", "is_amd"), [("torch", False), ("torch", True), ("reference", False)])
-@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (307, 384, 129)])
+@pytest.mark.parametrize(
+    ("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (307, 384, 129), (307, 20, 48), (3072, 16, 33)]
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_error_against_float64_is_no_larger_than_eager_pytorch(
     backend: str,
@@ -49,11 +51,11 @@ def test_autocast_decides_the_dtype() -> None:
 
 
 @pytest.mark.parametrize("traits", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (1024, 384, 129)])
+@pytest.mark.parametrize(("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (3072, 48, 129)])
 def test_bfloat16_with_and_without_instructions(
     rows: int, features: int, dim: int, traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three-way, under autocast from float32 and on bfloat16 tensors. traits: convolutions are quick, bfloat16 is."""
+    """Three-way, under autocast from float32 and on bfloat16 tensors. traits: an AMD processor, bfloat16 is quick."""
     monkeypatch.setattr(linear_module, "_traits", lambda: traits)
     inputs = [torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)]
 
@@ -79,6 +81,19 @@ def test_what_is_kept_for_the_backward_pass_is_bfloat16(
         with torch.autocast("cpu", torch.bfloat16):
             ops.linear(x, weight)
     assert [k.dtype for k in kept] == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_without_onednn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = (
+        torch.randn(9, 24, dtype=dtype),
+        torch.randn(4, 24, dtype=dtype),
+        torch.randn(4, dtype=dtype),
+    )
+    want = F.linear(x, weight, bias)
+    monkeypatch.setattr(linear_module, "_traits", lambda: (True, True))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(ops.linear(x, weight, bias), want)
 
 
 def test_no_rows() -> None:

@@ -66,6 +66,7 @@ void clear(const DistillSums& sums, int64_t rows) {
 
 // Adds `more` to `sums`: each scales to the larger of the two maxima.
 void merge(const DistillSums& sums, const DistillSums& more, int64_t rows) {
+  using baseline::exp_of_negative;
   for (int64_t i = 0; i < rows; ++i) {
     const float max_x = std::max(sums.max_x[i], more.max_x[i]);
     const float old_x = exp_of_negative(sums.max_x[i] - max_x), new_x = exp_of_negative(more.max_x[i] - max_x);

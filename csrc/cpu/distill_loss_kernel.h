@@ -123,10 +123,8 @@ void distill_operand(const float* v, int64_t n, int64_t dim, uint16_t* operand, 
     int64_t i = 0;
     for (; i + 16 <= dim; i += 16) {
 #pragma omp simd
-      for (int lane = 0; lane < 16; ++lane) {
-        partial[lane] += v[i + lane] * v[i + lane];
-        operand[i + lane] = bfloat16_of(v[i + lane]);
-      }
+      for (int lane = 0; lane < 16; ++lane) partial[lane] += v[i + lane] * v[i + lane];
+      narrow16(v + i, operand + i);
     }
     for (int lane = 0; i < dim; ++i, ++lane) {
       partial[lane] += v[i] * v[i];
@@ -202,11 +200,6 @@ inline void raw_logits(
   }
 }
 
-inline void keep(const float* logits, int64_t count, uint16_t* kept) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) kept[i] = bfloat16_of(logits[i]);
-}
-
 // Adds prototypes begin … end - 1 to `sums`; fills their scales, norms and kept logits.
 void distill_forward(
     const DistillProblem& p, int64_t begin, int64_t end, int64_t block, const DistillSums& sums, float* base) {
@@ -224,7 +217,7 @@ void distill_forward(
       float* const in_room = teacher ? room.teacher : room.student;
       float* const logits = a.is_bfloat16 ? in_room : static_cast<float*>(const_cast<void*>(kept));
       raw_logits(p, v, room.operand, teacher ? p.z_teacher_columns : p.z_student_columns, n, logits);
-      if (a.is_bfloat16) keep(logits, n * p.stride, static_cast<uint16_t*>(const_cast<void*>(kept)));
+      if (a.is_bfloat16) narrow(logits, n * p.stride, static_cast<uint16_t*>(const_cast<void*>(kept)));
     }
     distill_sums(a, 0, n, sums, room.rows);
   }

@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../exponential.h"
+#include "../host_device.h"
 #include "checked.h"
 #include "isa.h"
 

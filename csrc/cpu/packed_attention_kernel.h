@@ -104,10 +104,7 @@ inline Target target_of(uint16_t*, int64_t, int64_t n, int64_t dim, Room& room) 
 
 inline void store(const Target&, float*, int64_t, int64_t, int64_t) {}
 inline void store(const Target& from, uint16_t* to, int64_t stride, int64_t n, int64_t dim) {
-  for (int64_t i = 0; i < n; ++i) {
-#pragma omp simd
-    for (int64_t d = 0; d < dim; ++d) to[i * stride + d] = Bfloat16::from(from.base[i * from.stride + d]);
-  }
+  for (int64_t i = 0; i < n; ++i) narrow(from.base + i * from.stride, dim, to + i * stride);
 }
 
 // Calls for the next sequence's rows ahead of their use, for one head: short sequences are too short for the
@@ -178,7 +175,7 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float e = exp_of_negative(weights[j * lanes + i] * scale - largest[i]);
+          const float e = exp_of_negative(multiply_add(weights[j * lanes + i], scale, -largest[i]));
           sum[i] += e;
           weights[j * lanes + i] = e;
         }
@@ -230,7 +227,7 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float weight = exp_of_negative(weights[j * lanes + i] * scale - largest[i]) * inverse[i];
+          const float weight = exp_of_negative(multiply_add(weights[j * lanes + i], scale, -largest[i])) * inverse[i];
           weights[j * lanes + i] = weight;
           along[i] += weight * slopes[j * lanes + i];
         }
@@ -269,6 +266,17 @@ inline const float* paired(const uint16_t* from, int64_t stride, int64_t n, int6
   return to;
 }
 
+// low and high [n] as pairs [n], rounded; n is a multiple of 16.
+inline void pair_up(const float* low, const float* high, int64_t n, uint32_t* to) {
+  const __m512i low_first = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+      16, 0);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(high + i), _mm512_loadu_ps(low + i));
+    _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(low_first, (__m512i)both));
+  }
+}
+
 inline const float* as_pairs(const uint16_t* rows) { return reinterpret_cast<const float*>(rows); }
 
 inline void forward_pairs(const AttentionProblem& p, const AttentionItem& item, float* base) {
@@ -294,14 +302,14 @@ inline void forward_pairs(const AttentionProblem& p, const AttentionItem& item, 
       for (int64_t j = 0; j < n; j += 2) {
         const float *const low = scores + j * lanes, *const high = j + 1 < n ? low + lanes : low;
         const float counts = j + 1 < n ? 1.0f : 0.0f;
-        uint32_t* const pair = weights + j / 2 * lanes;
+        float a[kQueries], b[kQueries];
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float a = exp_of_negative(low[i] * scale - largest[i]);
-          const float b = counts * exp_of_negative(high[i] * scale - largest[i]);
-          sum[i] += a + b;
-          pair[i] = bfloat16_of(a) | static_cast<uint32_t>(bfloat16_of(b)) << 16;
+          a[i] = exp_of_negative(multiply_add(low[i], scale, -largest[i]));
+          b[i] = counts * exp_of_negative(multiply_add(high[i], scale, -largest[i]));
+          sum[i] += a[i] + b[i];
         }
+        pair_up(a, b, lanes, weights + j / 2 * lanes);
       }
       product<true>(
           reinterpret_cast<const float*>(weights), value_pairs, out.base, {1, lanes, dim, out.stride}, m, dim,
@@ -353,18 +361,18 @@ inline void backward_pairs(const AttentionProblem& p, const AttentionItem& item,
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float weight = exp_of_negative(weights[j * lanes + i] * scale - largest[i]) * inverse[i];
+          const float weight = exp_of_negative(multiply_add(weights[j * lanes + i], scale, -largest[i])) * inverse[i];
           weights[j * lanes + i] = weight;
-          weight_rows[j * lanes + i] = bfloat16_of(weight);
           along[i] += weight * slopes[j * lanes + i];
         }
+        narrow(weights + j * lanes, lanes, weight_rows + j * lanes);
       }
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          slope_rows[j * lanes + i] =
-              bfloat16_of(weights[j * lanes + i] * (slopes[j * lanes + i] - along[i]) * scale);
+          slopes[j * lanes + i] = weights[j * lanes + i] * (slopes[j * lanes + i] - along[i]) * scale;
         }
+        narrow(slopes + j * lanes, lanes, slope_rows + j * lanes);
       }
       for (int64_t j = 0; m % 2 == 1 && j < n; ++j) weight_rows[j * lanes + m] = slope_rows[j * lanes + m] = 0;
       const float* const slope_pairs = paired(slope_rows, lanes, n, lanes, block);

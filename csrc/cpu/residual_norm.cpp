@@ -8,6 +8,10 @@
 #include <optional>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "../host_device.h"
 #include "checked.h"
 #include "isa.h"

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace pera_fast {
 
@@ -16,12 +17,16 @@ inline int64_t chunk_of_stride(int64_t stride) {
 // Calls function(row, column, rows, columns) for each tile of a [rows, columns] matrix, in parallel.
 template <class Function>
 void for_each_tile(int64_t rows, int64_t columns, const Function& function) {
-  constexpr int64_t kRows = 16, kColumns = 96;
-  const int64_t across = (columns + kColumns - 1) / kColumns, down = (rows + kRows - 1) / kRows;
+  constexpr int64_t kRows = 16, kLeastColumns = 48;
+  const int64_t down = (rows + kRows - 1) / kRows, threads = torch::stable::get_num_threads();
+  // As many tiles for each thread, where that leaves enough columns.
+  const int64_t most = std::max<int64_t>(1, columns / kLeastColumns);
+  const int64_t shares = std::min(threads / std::gcd(down, threads), most);
+  const int64_t width = ((columns + shares - 1) / shares + 15) / 16 * 16, across = (columns + width - 1) / width;
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / across * kRows, column = task % across * kColumns;
-      function(row, column, std::min(kRows, rows - row), std::min(kColumns, columns - column));
+      const int64_t row = task / across * kRows, column = task % across * width;
+      function(row, column, std::min(kRows, rows - row), std::min(width, columns - column));
     }
   });
 }

@@ -81,8 +81,8 @@ def distill_loss(
                 prototypes_teacher, centre, tau_student, tau_teacher, groups,
             )  # fmt: skip
         z_s, z_t, *rest = (x.float() for x in tensors)
-        if device == "cuda":  # whole vectors of logits: a GPU's products and loads are several times as quick
-            z_s, z_t = (F.pad(z, (0, 0, 0, _prototypes.padding(len(z)))) for z in (z_s, z_t))
+        # Whole vectors of logits: a GPU's products and loads are several times as quick, a CPU's loops need no rest.
+        z_s, z_t = (F.pad(z, (0, 0, 0, _prototypes.padding(len(z)))) for z in (z_s, z_t))
         per_row = _chunked(z_s, z_t, *rest, tau_student, tau_teacher, in_bfloat16)[: len(z_student)]
         if len(set(groups)) == 1:
             return per_row.view(len(groups), -1).mean(1)

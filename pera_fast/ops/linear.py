@@ -32,22 +32,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on = x.device.type
-    if on != "cpu" or len(x) == 0:
+    if on != "cpu" or x.numel() == 0:
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
     of_one_dtype = dtype == torch.bfloat16 or dtype == x.dtype == weight.dtype == torch.float32
-    if of_one_dtype and (_is_convolution(len(x), dtype) or _is_wide(dtype)):
+    if of_one_dtype and (_takes_onednn(dtype) or _is_wide(dtype)):
         return _Product.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return F.linear(x, weight, bias)
 
 
-# With AVX-512 on an AMD processor, oneDNN's convolution of one pixel is quicker from so many rows on: F.linear goes to
-# MKL in float32, and in bfloat16 has a pass of its own for the bias. With AVX2 it is half as fast (bench_linear.py).
-_ROWS = {torch.float32: 160, torch.bfloat16: 1024}
-
-
-def _is_convolution(rows: int, dtype: torch.dtype) -> bool:
-    return _traits()[0] and rows >= _ROWS[dtype]
+def _takes_onednn(dtype: torch.dtype) -> bool:
+    """F.linear gives float32 to MKL, which on an AMD processor uses AVX2 at most, half the speed of AVX-512. In
+    bfloat16 it does ask oneDNN, but adds the bias in a pass of its own."""
+    is_amd_avx512, has_bfloat16 = _traits()
+    return torch.backends.mkldnn.is_available() and (
+        has_bfloat16 if dtype == torch.bfloat16 else is_amd_avx512
+    )
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
@@ -57,7 +57,7 @@ def _is_wide(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _traits() -> tuple[bool, bool]:
-    """Whether oneDNN's convolution is the faster product, and whether bfloat16 products have instructions."""
+    """Whether this is an AMD processor with AVX-512, and whether bfloat16 products have instructions."""
     if _library.why_no_cpp() is not None:
         return False, True
     traits = torch.ops.pera_fast
@@ -74,10 +74,10 @@ class _Product(torch.autograd.Function):
         dtype = x.dtype
         with torch.autocast("cpu", enabled=False):
             if _is_wide(dtype):
-                x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-            if not _is_convolution(len(x), x.dtype):
-                return F.linear(x, weight, bias).to(dtype)
-            return _as_rows(F.conv2d(_as_pixels(x), _as_kernel(weight), bias)).to(dtype)
+                return _rows_times(x.float(), weight.float(), None if bias is None else bias.float()).to(
+                    dtype
+                )
+            return _rows_times(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -87,38 +87,42 @@ class _Product(torch.autograd.Function):
         if _is_wide(dtype):
             gradient, x, weight = gradient.float(), x.float(), weight.float()
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        # Without a bias to add, torch's own products of bfloat16 are those of oneDNN, and quicker in transposing.
+        is_float32 = gradient.dtype == torch.float32
         with torch.autocast("cpu", enabled=False):
             return (
-                _input_gradient(gradient, x, weight).to(dtype) if of_x else None,
-                # As a convolution's, a third as fast where the rows have no good divisor.
-                (gradient.T @ x).to(dtype) if of_weight else None,
+                (_rows_times(gradient, weight.T) if is_float32 else gradient @ weight).to(dtype)
+                if of_x
+                else None,
+                (_transposed_times(gradient, x) if is_float32 else gradient.T @ x).to(dtype)
+                if of_weight
+                else None,
                 gradient.sum(0).to(dtype) if of_bias else None,
             )
 
 
-def _input_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if gradient.dtype != torch.float32 or not _is_convolution(len(gradient), gradient.dtype):
-        return gradient @ weight
-    # What conv2d's own backward pass calls, for one of its three gradients.
-    of_pixels = torch.ops.aten.convolution_backward(
-        _as_pixels(gradient), _as_pixels(x), _as_kernel(weight), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-        [True, False, False],
-    )[0]  # fmt: skip
-    return _as_rows(of_pixels)
+_MANY_ROWS = 3072  # as a convolution of one pixel they are up to a tenth quicker (bench_linear.py)
 
 
-def _as_pixels(rows: Tensor) -> Tensor:
-    """[R, F] as an image of R pixels with F channels, which come last in memory."""
-    return rows.contiguous().view(1, 1, *rows.shape).permute(0, 3, 1, 2)
+def _rows_times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias of tensors of one dtype."""
+    if not _takes_onednn(x.dtype):
+        return F.linear(x, weight, bias)
+    if len(x) >= _MANY_ROWS and weight.is_contiguous() and _traits()[0]:
+        pixels = x.contiguous().view(1, 1, *x.shape).permute(0, 3, 1, 2)  # channels come last in memory
+        kernel = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(pixels, kernel, bias).permute(0, 2, 3, 1).flatten(0, 2)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _as_rows(pixels: Tensor) -> Tensor:
-    """What `_as_pixels` was given."""
-    return pixels.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _as_kernel(weight: Tensor) -> Tensor:
-    return weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
+def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ · b of float32 [R, D] and [R, F]."""
+    if not _takes_onednn(a.dtype):
+        return a.T @ b
+    # oneDNN is handed a copy of its first matrix, transposed: of the narrower one.
+    if a.shape[1] > b.shape[1]:
+        return _rows_times(b.T, a.T).T.contiguous()
+    return _rows_times(a.T, b.T)
 
 
 _dispatch.register("linear", "torch", _library_product)

@@ -327,11 +327,12 @@ __device__ __forceinline__ Tile tile_of(int number, int pixels, int top, int lef
 template <class L, int group>
 struct SumShared {
   Shared<L, group> tile;
-  int64_t sums[kThreads];
+  Look<L> looks[2];
+  int64_t sums[2][kThreads];
 };
 
-// Block [crop, view, band / group, part]: the sum over every kParts-th tile of the view's levels, just before
-// contrast, goes to sums[block].
+// Block [crop, band / group, part]: the sums over every kParts-th tile of both views' levels, just before contrast,
+// go to sums[crop, view, band / group, part]. The views differ in colour alone, so their pixels are resampled once.
 template <class L, int group>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) sum_levels_kernel(
     const CropPatches a, int64_t* __restrict__ sums) {
@@ -339,38 +340,52 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) sum_levels_kernel(
   PERA_FAST_DYNAMIC_SHARED(Both, both);
   Shared<L, group>& s = both->tile;
   const unsigned groups = static_cast<unsigned>(a.bands / group);
-  const int64_t view = blockIdx.x / kParts / groups, crop = view / 2;
-  const int band = static_cast<int>(blockIdx.x / kParts % groups) * group, part = blockIdx.x % kParts;
-  if (is_last_thread()) load_look<L, group>(a, view, s.look);
+  const int64_t crop = blockIdx.x / kParts / groups;
+  const unsigned group_number = blockIdx.x / kParts % groups, part = blockIdx.x % kParts;
+  const int band = static_cast<int>(group_number) * group;
+  if (is_last_thread()) {
+    for (int view = 0; view < 2; ++view) load_look<L, group>(a, 2 * crop + view, both->looks[view]);
+  }
   load_bands<L, group>(a, crop, band, s);
   if (is_first_thread()) s.box = box_of<L>(a, crop);
   __syncthreads();
-  if (!s.look.has_contrast) return;
+  if (!both->looks[0].has_contrast && !both->looks[1].has_contrast) return;
 
   const int crop_px = static_cast<int>(a.crop_px), tiles = tiles_along(crop_px) * tiles_along(crop_px);
-  int64_t sum = 0;
-  for (int number = part; number < tiles; number += kParts) {
+  int64_t sum[2] = {0, 0};
+  for (int number = static_cast<int>(part); number < tiles; number += kParts) {
     __syncthreads();
     place_taps<L, group>(a, crop, tile_of(number, crop_px, 0, 0), s);
     __syncthreads();
     store_first_weights<L, group>(0, s);
     __syncthreads();
-    typename L::Pixel pixel[group];
-    resample<L, group>(band, s, pixel);
+    typename L::Pixel resampled[group];
+    resample<L, group>(band, s, resampled);
     if (!s.tile.has_pixel()) continue;
-    apply<L, group>(s.look, true, pixel);
-    if constexpr (group == 3) sum += L::countable(L::luma(pixel[0], pixel[1], pixel[2]));
-    else sum += L::countable(pixel[0]);
+    for (int view = 0; view < 2; ++view) {
+      const Look<L>& look = both->looks[view];
+      if (!look.has_contrast) continue;
+      typename L::Pixel pixel[group];
+      for (int b = 0; b < group; ++b) pixel[b] = resampled[b];
+      apply<L, group>(look, true, pixel);
+      if constexpr (group == 3) sum[view] += L::countable(L::luma(pixel[0], pixel[1], pixel[2]));
+      else sum[view] += L::countable(pixel[0]);
+    }
   }
   const int thread = thread_number();
-  both->sums[thread] = sum;
+  for (int view = 0; view < 2; ++view) both->sums[view][thread] = sum[view];
   for (int n = block_size(); n > 1;) {
     const int half = (n + 1) / 2;
     __syncthreads();
-    if (thread + half < n) both->sums[thread] += both->sums[thread + half];
+    if (thread + half < n) {
+      for (int view = 0; view < 2; ++view) both->sums[view][thread] += both->sums[view][thread + half];
+    }
     n = half;
   }
-  if (thread == 0) sums[blockIdx.x] = both->sums[0];
+  if (!is_first_thread()) return;
+  for (int view = 0; view < 2; ++view) {
+    sums[((2 * crop + view) * groups + group_number) * kParts + part] = both->sums[view][0];
+  }
 }
 
 // --- the patches ---
@@ -469,7 +484,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) crop_patches_kernel
 
 template <class L, int group>
 int launch(const CropPatches& a, int64_t* sums, cudaStream_t stream) {
-  const int64_t blocks = blocks_per_crop(a), sum_blocks = crop_patches_sums(a);
+  const int64_t blocks = blocks_per_crop(a), sum_blocks = crop_patches_sums(a) / 2;
   if (a.crops == 0 || blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX / a.crops || sum_blocks > INT32_MAX) return cudaErrorInvalidValue;
   const auto sum_levels = sum_levels_kernel<L, group>;

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import three_way
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pera_fast import ops
 
@@ -94,6 +95,37 @@ def test_torch_without_onednn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(linear_module, "_traits", lambda: (True, True))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     torch.testing.assert_close(ops.linear(x, weight, bias), want)
+
+
+def test_a_checkpoint_takes_no_product_twice() -> None:
+    """What is made again for the backward pass ends where the product's operands are there."""
+    taken = []
+    product = linear_module._rows_times
+
+    def counted(*arguments: Tensor) -> Tensor:
+        taken.append(1)
+        return product(*arguments)
+
+    x, weight = torch.randn(307, 24, requires_grad=True), torch.randn(4, 24, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_module, "_traits", lambda: (True, True))
+        patch.setattr(linear_module, "_rows_times", counted)
+        y = checkpoint(lambda x: ops.linear(x.exp(), weight), x, use_reentrant=False)
+        assert len(taken) == 1
+        got = torch.autograd.grad(y.sum(), (x, weight))
+        assert len(taken) == 3  # and the two gradients
+    want = torch.autograd.grad(F.linear(x.exp(), weight).sum(), (x, weight))
+    torch.testing.assert_close(got, want)
+
+
+def test_under_torch_compile() -> None:
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((20, 8), (4, 8), (4,))]
+
+    def loss() -> Tensor:
+        return ops.linear(*leaves).square().sum()
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), leaves)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(), leaves))
 
 
 def test_no_rows() -> None:

@@ -219,7 +219,8 @@ class BuildLibraries(build_ext):
     def cpu_flags(self) -> list[str]:
         # No -march: the library must run wherever its wheel does. Hot loops choose their ISA at run time.
         # -fno-math-errno and -fno-trapping-math only free the vectoriser from errno and from floating-point traps;
-        # -ffp-contract=off keeps a product and a sum two roundings, so that every ISA gives the same bits.
+        # -ffp-contract=off keeps a product and a sum two roundings but where a kernel asks for one, so that every ISA
+        # gives the same bits where that is promised.
         return [
             "-std=c++17",
             "-O3",

@@ -296,6 +296,17 @@ def test_compiles_without_a_break() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_prototypes_without_a_dimension() -> None:
+    """All logits are 0 / 0 = NaN times nothing: the loss says so, and no kernel fails."""
+    z, v = torch.zeros(4, 0), torch.zeros(64, 0, requires_grad=True)
+    prototypes = v, torch.ones(64, 1)
+    loss = ops.distill_loss(
+        z.requires_grad_(), z.detach(), prototypes, prototypes, torch.zeros(64), 0.1, 0.04, [4]
+    )
+    loss.sum().backward()
+    assert loss.isnan().all() and v.grad is not None and v.grad.shape == v.shape
+
+
 def test_float32_is_near_float64_and_bfloat16_sums_in_float32() -> None:
     exact, single = problem(6, 300), problem(6, 300, torch.float32)
     want = ops.distill_loss(**exact, groups=[3, 3])

@@ -15,6 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from pera_fast import ops
 
 linear_module = sys.modules["pera_fast.ops.linear"]  # the function of that name hides it
+_here = linear_module._traits()
+
+
+def _traits(is_amd_avx512: bool, has_bfloat16: bool) -> tuple[bool, ...]:
+    """Of another processor, with this build of torch."""
+    return _here._replace(is_amd_avx512=is_amd_avx512, has_bfloat16=has_bfloat16)
 
 
 @pytest.mark.parametrize(("backend", "is_amd"), [("torch", False), ("torch", True), ("reference", False)])
@@ -32,7 +38,7 @@ def test_error_against_float64_is_no_larger_than_eager_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PERA_FAST_BACKEND", f"linear={backend}")
-    monkeypatch.setattr(linear_module, "_traits", lambda: (is_amd, True))
+    monkeypatch.setattr(linear_module, "_traits", lambda: _traits(is_amd, True))
     inputs = [torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)][: 2 + has_bias]
     three_way(ops.linear, F.linear, *inputs, slack=1e-6)
 
@@ -57,7 +63,7 @@ def test_bfloat16_with_and_without_instructions(
     rows: int, features: int, dim: int, traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three-way, under autocast from float32 and on bfloat16 tensors. traits: an AMD processor, bfloat16 is quick."""
-    monkeypatch.setattr(linear_module, "_traits", lambda: traits)
+    monkeypatch.setattr(linear_module, "_traits", lambda: _traits(*traits))
     inputs = [torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)]
 
     def under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -75,7 +81,7 @@ def test_bfloat16_with_and_without_instructions(
 def test_what_is_kept_for_the_backward_pass_is_bfloat16(
     traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_module, "_traits", lambda: traits)
+    monkeypatch.setattr(linear_module, "_traits", lambda: _traits(*traits))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         x, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
@@ -92,11 +98,11 @@ def test_torch_without_onednn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
         torch.randn(4, dtype=dtype),
     )
     want = F.linear(x, weight, bias)
-    monkeypatch.setattr(linear_module, "_traits", lambda: (True, True))
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(linear_module, "_traits", lambda: linear_module._Traits(True, True, False, False))
     torch.testing.assert_close(ops.linear(x, weight, bias), want)
 
 
+@pytest.mark.skipif(not _here.has_onednn, reason="torch has no oneDNN")
 def test_a_checkpoint_takes_no_product_twice() -> None:
     """What is made again for the backward pass ends where the product's operands are there."""
     taken = []
@@ -108,7 +114,7 @@ def test_a_checkpoint_takes_no_product_twice() -> None:
 
     x, weight = torch.randn(307, 24, requires_grad=True), torch.randn(4, 24, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_module, "_traits", lambda: (True, True))
+        patch.setattr(linear_module, "_traits", lambda: _traits(True, True))
         patch.setattr(linear_module, "_rows_times", counted)
         y = checkpoint(lambda x: ops.linear(x.exp(), weight), x, use_reentrant=False)
         assert len(taken) == 1
@@ -118,21 +124,50 @@ def test_a_checkpoint_takes_no_product_twice() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_under_torch_compile() -> None:
+@pytest.mark.parametrize("rows", [20, 3072])
+def test_the_result_can_be_changed_in_place(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "_traits", lambda: _traits(True, True))
+    x, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(4, 8)
+    y = ops.linear(x, weight)
+    y.add_(1).view(-1).relu_()
+    want = (F.linear(x, weight) + 1).relu()
+    torch.testing.assert_close(y, want)
+    got, want = (torch.autograd.grad(value.square().sum(), x)[0] for value in (y, want))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("traits", [(False, False), (True, True)])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_under_torch_compile(
+    precision: torch.dtype, traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _traits(*traits)
+    monkeypatch.setattr(linear_module, "_traits", lambda: found)
+    torch._dynamo.reset()
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((20, 8), (4, 8), (4,))]
 
     def loss() -> Tensor:
-        return ops.linear(*leaves).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            return ops.linear(*leaves).float().square().sum()
 
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), leaves)
-    torch.testing.assert_close(got, torch.autograd.grad(loss(), leaves))
+    slack = 1e-5 if precision == torch.float32 else 4e-2
+    torch.testing.assert_close(got, torch.autograd.grad(loss(), leaves), rtol=slack, atol=slack)
 
 
-def test_no_rows() -> None:
-    x, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+@pytest.mark.parametrize(("rows", "dim"), [(0, 3), (5, 0)])
+def test_nothing_in_or_out(rows: int, dim: int) -> None:
+    x, weight = torch.zeros(rows, 8, requires_grad=True), torch.randn(dim, 8, requires_grad=True)
     out = ops.linear(x, weight)
-    assert out.shape == (0, 3)
-    assert torch.equal(torch.autograd.grad(out.sum(), weight)[0], torch.zeros(3, 8))
+    assert out.shape == (rows, dim)
+    for gradient, leaf in zip(torch.autograd.grad(out.sum(), (x, weight)), (x, weight), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+def test_float64_stays_float64_under_autocast() -> None:
+    x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ops.linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,19 @@ def test_large_scores_stay_finite(size: float) -> None:
     assert out.isfinite().all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_one_huge_score_takes_its_value(size: float) -> None:
+    """Scores of 1e9 and 1e17: rounded alike, the largest is no larger than itself."""
+    torch.manual_seed(0)
+    qkv = torch.randn(37, 3, 2, 48)
+    qkv[:, 0] *= size
+    qkv[:, 1] *= size
+    got = ops.packed_attention(qkv, [(1, 37)])
+    q, k, v = qkv.transpose(0, 2).unbind(1)
+    want = torch.softmax(q.double() @ k.double().mT / 48**0.5, -1) @ v.double()
+    torch.testing.assert_close(got.transpose(0, 1).double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_non_contiguous_input() -> None:
     wide = torch.randn(10, 3, 2, 16)
     torch.testing.assert_close(

@@ -120,7 +120,8 @@ inline void prefetch_next(const AttentionItem& item, const T* from, int64_t part
   }
 }
 
-// largest [lanes]: scale times the largest of each lane's n scores.
+// largest [lanes]: scale times the largest of each lane's n scores, rounded as each of their products is: none is
+// above it.
 inline void largest_scores(const float* scores, int64_t n, int64_t lanes, float scale, float* __restrict largest) {
   for (int64_t i = 0; i < lanes; ++i) largest[i] = scores[i];
   for (int64_t j = 1; j < n; ++j) {
@@ -175,7 +176,7 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float e = exp_of_negative(multiply_add(weights[j * lanes + i], scale, -largest[i]));
+          const float e = exp_of_negative(weights[j * lanes + i] * scale - largest[i]);
           sum[i] += e;
           weights[j * lanes + i] = e;
         }
@@ -227,7 +228,7 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float weight = exp_of_negative(multiply_add(weights[j * lanes + i], scale, -largest[i])) * inverse[i];
+          const float weight = exp_of_negative(weights[j * lanes + i] * scale - largest[i]) * inverse[i];
           weights[j * lanes + i] = weight;
           along[i] += weight * slopes[j * lanes + i];
         }
@@ -305,8 +306,8 @@ inline void forward_pairs(const AttentionProblem& p, const AttentionItem& item, 
         float a[kQueries], b[kQueries];
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          a[i] = exp_of_negative(multiply_add(low[i], scale, -largest[i]));
-          b[i] = counts * exp_of_negative(multiply_add(high[i], scale, -largest[i]));
+          a[i] = exp_of_negative(low[i] * scale - largest[i]);
+          b[i] = counts * exp_of_negative(high[i] * scale - largest[i]);
           sum[i] += a[i] + b[i];
         }
         pair_up(a, b, lanes, weights + j / 2 * lanes);
@@ -361,7 +362,7 @@ inline void backward_pairs(const AttentionProblem& p, const AttentionItem& item,
       for (int64_t j = 0; j < n; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) {
-          const float weight = exp_of_negative(multiply_add(weights[j * lanes + i], scale, -largest[i])) * inverse[i];
+          const float weight = exp_of_negative(weights[j * lanes + i] * scale - largest[i]) * inverse[i];
           weights[j * lanes + i] = weight;
           along[i] += weight * slopes[j * lanes + i];
         }

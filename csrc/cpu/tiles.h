@@ -22,7 +22,8 @@ void for_each_tile(int64_t rows, int64_t columns, const Function& function) {
   // As many tiles for each thread, where that leaves enough columns.
   const int64_t most = std::max<int64_t>(1, columns / kLeastColumns);
   const int64_t shares = std::min(threads / std::gcd(down, threads), most);
-  const int64_t width = ((columns + shares - 1) / shares + 15) / 16 * 16, across = (columns + width - 1) / width;
+  const int64_t width = std::max<int64_t>(16, ((columns + shares - 1) / shares + 15) / 16 * 16);
+  const int64_t across = (columns + width - 1) / width;
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / across * kRows, column = task % across * width;

@@ -17,7 +17,7 @@ namespace {
 constexpr int kSide = 16;
 constexpr int kThreads = kSide * kSide;
 constexpr int kResidentBlocks = 4;  // of one multiprocessor: 64 registers for each thread
-constexpr int kParts = 32;          // blocks that share the sum over one view
+constexpr int kParts = 32;          // blocks that share the sums over a crop's views
 
 // A thread's place in its square block.
 __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x); }

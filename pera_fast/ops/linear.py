@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +32,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on = x.device.type
-    if on != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():  # a compiler has its own way
+    if on != "cpu" or 0 in (x.numel(), weight.numel()) or torch.float64 in (x.dtype, weight.dtype):
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
     of_one_dtype = dtype == torch.bfloat16 or dtype == x.dtype == weight.dtype == torch.float32
-    if not of_one_dtype or not (_takes_onednn(dtype) or _is_wide(dtype)):
+    is_wide = _is_wide(dtype)
+    # A compiler has products of its own.
+    if not of_one_dtype or not (is_wide or (_takes_onednn(dtype) and not torch.compiler.is_compiling())):
         return F.linear(x, weight, bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
     out = _Product.apply(x, weight, bias)
     # Now and not within: a checkpoint that makes x again for the backward pass stops once x is saved, before this.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        if _is_wide(dtype):
+        if is_wide:
             x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
         out.data = _rows_times(x, weight, bias).to(dtype)
     return out
@@ -51,24 +56,35 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _takes_onednn(dtype: torch.dtype) -> bool:
     """F.linear gives float32 to MKL, which on an AMD processor uses AVX2 at most, half the speed of AVX-512. In
     bfloat16 it does ask oneDNN, but adds the bias in a pass of its own."""
-    is_amd_avx512, has_bfloat16 = _traits()
-    return torch.backends.mkldnn.is_available() and (
-        has_bfloat16 if dtype == torch.bfloat16 else is_amd_avx512
-    )
+    is_amd_avx512, has_bfloat16, has_onednn, has_onednn_bfloat16 = _traits()
+    return has_onednn_bfloat16 and has_bfloat16 if dtype == torch.bfloat16 else has_onednn and is_amd_avx512
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
     """Without instructions for bfloat16, torch's products of it are up to a hundred times slower than float32's."""
-    return dtype == torch.bfloat16 and not _traits()[1]
+    return dtype == torch.bfloat16 and not _traits().has_bfloat16
+
+
+class _Traits(NamedTuple):
+    is_amd_avx512: bool
+    has_bfloat16: bool  # instructions for its products; taken to be so where nothing is known
+    has_onednn: bool
+    has_onednn_bfloat16: bool
 
 
 @functools.cache
-def _traits() -> tuple[bool, bool]:
-    """Whether this is an AMD processor with AVX-512, and whether bfloat16 products have instructions."""
+def _traits() -> _Traits:
+    """What the processor and this build of torch have."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    onednn = has_onednn, has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if _library.why_no_cpp() is not None:
-        return False, True
+        return _Traits(False, True, *onednn)
     traits = torch.ops.pera_fast
-    return traits.is_amd() and traits.isa() >= 2, traits.has_bfloat16()
+    return _Traits(traits.is_amd() and traits.isa() >= 2, traits.has_bfloat16(), *onednn)
+
+
+# As in _library: for torch.compile.
+_traits.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Product(torch.autograd.Function):
@@ -78,7 +94,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_empty(1, 1).expand(len(x), len(weight))
+        return x.new_empty_strided((len(x), len(weight)), (0, 0))  # not expanded: a view cannot be added to
 
     @staticmethod
     @once_differentiable
@@ -109,7 +125,7 @@ def _rows_times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """x · weightᵀ + bias of tensors of one dtype."""
     if not _takes_onednn(x.dtype):
         return F.linear(x, weight, bias)
-    if len(x) >= _MANY_ROWS and weight.is_contiguous() and _traits()[0]:
+    if len(x) >= _MANY_ROWS and weight.is_contiguous() and _traits().is_amd_avx512:
         pixels = x.contiguous().view(1, 1, *x.shape).permute(0, 3, 1, 2)  # channels come last in memory
         kernel = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
         return F.conv2d(pixels, kernel, bias).permute(0, 2, 3, 1).flatten(0, 2)

@@ -43,8 +43,8 @@ inline __attribute__((always_inline)) float multiply_add(float a, float b, float
 // stays NaN (the comparison is false), so that a loss shows that something was not finite.
 inline __attribute__((always_inline)) float exp_of_negative(float x) {
   x = x < -87.0f ? -87.0f : x;
-  // x = n ln 2 + r with |r| up to about ln 2 / 2. The large number's unit in the last place is 1: adding it rounds to a whole
-  // number, and leaves 127 + n, the exponent of 2^n, in the last bits.
+  // x = n ln 2 + r with |r| up to about ln 2 / 2. The large number's unit in the last place is 1: adding it rounds to
+  // a whole number, and leaves 127 + n, the exponent of 2^n, in the last bits.
   const float large = 12582912.0f + 127.0f;
   const float shifted = multiply_add(x, 1.44269504f, large);
   const float n = shifted - large;

@@ -136,13 +136,15 @@ def test_the_result_can_be_changed_in_place(rows: int, monkeypatch: pytest.Monke
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("traits", [(False, False), (True, True)])
+@pytest.mark.filterwarnings("error:Dynamo")
+@pytest.mark.parametrize("traits", [None, (False, False), (True, True)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_under_torch_compile(
-    precision: torch.dtype, traits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+    precision: torch.dtype, traits: tuple[bool, bool] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = _traits(*traits)
-    monkeypatch.setattr(linear_module, "_traits", lambda: found)
+    if traits is not None:
+        found = _traits(*traits)
+        monkeypatch.setattr(linear_module, "_traits", lambda: found)
     torch._dynamo.reset()
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((20, 8), (4, 8), (4,))]
 

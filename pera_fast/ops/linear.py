@@ -72,19 +72,22 @@ class _Traits(NamedTuple):
     has_onednn_bfloat16: bool
 
 
-@functools.cache
 def _traits() -> _Traits:
     """What the processor and this build of torch have."""
+    return _known_traits()
+
+
+_traits._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in _dispatch
+
+
+@functools.cache
+def _known_traits() -> _Traits:
     has_onednn = torch.backends.mkldnn.is_available()
     onednn = has_onednn, has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if _library.why_no_cpp() is not None:
         return _Traits(False, True, *onednn)
     traits = torch.ops.pera_fast
     return _Traits(traits.is_amd() and traits.isa() >= 2, traits.has_bfloat16(), *onednn)
-
-
-# As in _library: for torch.compile.
-_traits.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Product(torch.autograd.Function):

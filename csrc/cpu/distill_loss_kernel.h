@@ -116,26 +116,13 @@ void distill_gradient(const DistillChunk& a, int64_t begin, int64_t end) {
   else gradient_block<Float32, Float32>(a, begin, end);
 }
 
-// Rows of v [n, dim] in bfloat16, and their norms in one reading (as row_norms).
+// Rows of v [n, dim] in bfloat16, and their norms while they are in cache.
 void distill_operand(const float* v, int64_t n, int64_t dim, uint16_t* operand, float* norm) {
-  for (int64_t k = 0; k < n; ++k, v += dim, operand += dim) {
-    float partial[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= dim; i += 16) {
-#pragma omp simd
-      for (int lane = 0; lane < 16; ++lane) partial[lane] += v[i + lane] * v[i + lane];
-      narrow16(v + i, operand + i);
-    }
-    for (int lane = 0; i < dim; ++i, ++lane) {
-      partial[lane] += v[i] * v[i];
-      operand[i] = bfloat16_of(v[i]);
-    }
-    float sum = 0.0f;
-    for (int lane = 0; lane < 16; ++lane) sum += partial[lane];
-    norm[k] = __builtin_sqrtf(sum);
+  for (int64_t k = 0; k < n; ++k) {
+    row_norms(v + k * dim, 1, dim, norm + k);
+    narrow(v + k * dim, dim, operand + k * dim);
   }
 }
-
 
 // gradient = product - along * v, row by row.
 void distill_finish(

@@ -13,21 +13,17 @@ struct Bfloat16 {
   static inline uint16_t from(float x) { return bfloat16_of(x); }
 };
 
-// Sixteen numbers in bfloat16.
-inline __attribute__((always_inline)) void narrow16(const float* from, uint16_t* to) {
-#if PERA_FAST_ISA == 3
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
-#else
-#pragma omp simd
-  for (int lane = 0; lane < 16; ++lane) to[lane] = bfloat16_of(from[lane]);
-#endif
-}
-
-// The same of n.
+// n numbers in bfloat16.
 inline void narrow(const float* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) narrow16(from + i, to + i);
-  for (; i < n; ++i) to[i] = bfloat16_of(from[i]);
+#if PERA_FAST_ISA == 3
+  for (; i + 16 <= n; i += 16) {
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+  }
+#endif
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) to[j] = bfloat16_of(from[j]);
 }
 
 // a · b + c, in one rounding where the instruction set has it.

@@ -36,26 +36,32 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
     of_one_dtype = dtype == torch.bfloat16 or dtype == x.dtype == weight.dtype == torch.float32
-    is_wide = _is_wide(dtype)
-    # A compiler has products of its own.
-    if not of_one_dtype or not (is_wide or (_takes_onednn(dtype) and not torch.compiler.is_compiling())):
+    if not of_one_dtype or not (_takes_onednn(dtype) or _is_wide(dtype)):
         return F.linear(x, weight, bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # wide: its gradients follow from what is traced
         with torch.autocast("cpu", enabled=False):
-            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+            return _product(x, weight, bias)
     out = _Product.apply(x, weight, bias)
     # Now and not within: a checkpoint that makes x again for the backward pass stops once x is saved, before this.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        if is_wide:
-            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-        out.data = _rows_times(x, weight, bias).to(dtype)
+        out.data = _product(x, weight, bias)
     return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of tensors of one dtype, in it."""
+    dtype = x.dtype
+    if _is_wide(dtype):
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    return _rows_times(x, weight, bias).to(dtype)
 
 
 def _takes_onednn(dtype: torch.dtype) -> bool:
     """F.linear gives float32 to MKL, which on an AMD processor uses AVX2 at most, half the speed of AVX-512. In
-    bfloat16 it does ask oneDNN, but adds the bias in a pass of its own."""
+    bfloat16 it does ask oneDNN, but adds the bias in a pass of its own. A compiler has products of its own."""
+    if torch.compiler.is_compiling():
+        return False
     is_amd_avx512, has_bfloat16, has_onednn, has_onednn_bfloat16 = _traits()
     return has_onednn_bfloat16 and has_bfloat16 if dtype == torch.bfloat16 else has_onednn and is_amd_avx512
 

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pera_fast.kernels.launch import on_its_device
+
 # Prototypes x rows of a tile: in four warps, 64 x 64 floats are 32 registers a thread for each of x and y. The
 # gradient's tile is half of that, or it spills on sm_80.
 BLOCK_PROTOTYPES, GRADIENT_PROTOTYPES, BLOCK_ROWS, NUM_WARPS = 64, 32, 64, 4
-# Of the sums: at most so many programs share a chunk's prototypes, and no more than make so many in all, five for each
+# Of the sums: at most so many programs share a chunk's prototypes, and no more than make so many in all, four for each
 # of an H100's multiprocessors.
-SPLITS, PROGRAMS = 64, 640
+SPLITS, PROGRAMS = 64, 528
 MERGE_ROWS = 32
 
 
@@ -117,14 +119,16 @@ def gradient_kernel(
             teacher, student, scale_teacher, scale_student, centre, inverse_tau_teacher, inverse_tau_student,
             k, i, prototypes, rows,
         )  # fmt: skip
-        q = tl.exp(x - tl.load(log_sum_x + i, i < rows, 0.0)[None, :])
-        p = tl.exp(y - tl.load(log_sum_y + i, i < rows, 0.0)[None, :])
+        # Past the last row a logit has no bound, and its exponential must not be infinite: 0 times it would be NaN.
+        q = tl.exp(x - tl.load(log_sum_x + i, i < rows, float("inf"))[None, :])
+        p = tl.exp(y - tl.load(log_sum_y + i, i < rows, float("inf"))[None, :])
         value = tl.load(weight + i, i < rows, 0.0)[None, :] * (p - q)
         total += tl.sum(value * s, 1)
         tl.store(gradient + place, (value * scale[:, None]).to(gradient.dtype.element_ty), inside)
     tl.store(dot + k, total, k < prototypes)
 
 
+@on_its_device
 def distill_sums(
     teacher: Tensor, student: Tensor, scale_teacher: Tensor, scale_student: Tensor, centre: Tensor,
     inverse_tau_teacher: float, inverse_tau_student: float, state: Tensor,
@@ -144,6 +148,7 @@ def distill_sums(
     )
 
 
+@on_its_device
 def distill_gradient(
     teacher: Tensor, student: Tensor, scale_teacher: Tensor, scale_student: Tensor, centre: Tensor,
     inverse_tau_teacher: float, inverse_tau_student: float, log_sum_x: Tensor, log_sum_y: Tensor, weight: Tensor,

@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pera_fast.kernels.launch import on_its_device
+
 NUM_STAGES = 2
+LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU's exponential is of base 2
 
 
-def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
+def config(dtype: torch.dtype, dim: int, capability: int = 90) -> tuple[int, int, int, int]:
     """(rows of a tile, head_dim as a power of two, warps, warps of long sequences' backward passes) that spill no
     registers on sm_80 and sm_90.
 
@@ -31,8 +34,16 @@ def config(dtype: torch.dtype, dim: int) -> tuple[int, int, int, int]:
     block_d = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32:  # tf32x3 holds three parts of every operand
         return 16, block_d, 4, (2 if dim <= 32 else 4)
-    # Four warps are one warp group: on sm_90 they multiply whole tiles of 64 rows, eight share one.
-    return (64, block_d, 4, 4 if dim <= 32 else 8) if dim <= 64 else (32, block_d, 4, 4)
+    if dim > 64:
+        return 32, block_d, 4, 4
+    # Four warps are one warp group, which multiplies whole tiles of 64 rows: of two, each would make the same scores.
+    return 64, block_d, 4, (8 if dim > 32 and capability < 90 else 4)
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 class Tiles(NamedTuple):
@@ -108,40 +119,62 @@ def _store(base, first, stride, i, d, dim, end, value):
 
 
 @triton.jit
-def forward_kernel(
-    qkv, out, softmax, tiles, start, end, rows, heads, dim, scale, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+def _weights_of(query, key, low, high, key_row, is_row, factor):
+    """The softmax of a tile of whole sequences, each row over its own sequence's keys; rows outside are zeros."""
+    sees = (key_row[None, :] >= low[:, None]) & (key_row[None, :] < high[:, None])
+    score = tl.where(sees, _dot(query, tl.trans(key)) * factor, float("-inf"))
+    weight = tl.math.exp2(score - tl.where(is_row, tl.max(score, 1), 0.0)[:, None])
+    return weight / tl.where(is_row, tl.sum(weight, 1), 1.0)[:, None]
+
+
+@triton.jit
+def short_forward_kernel(
+    qkv, out, tiles, start, end, heads, dim, scale, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """out and softmax [heads, 2, rows] (a row's largest score, 1 / its sum of exponentials)."""
+    """A tile of whole sequences."""
+    tile, head = tiles + 4 * tl.program_id(0), tl.program_id(1)
+    first_row, end_row = tl.load(tile), tl.load(tile + 1)
+    i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    row = first_row + i
+    is_row = row < end_row
+    width = heads * dim
+    low, high = tl.load(start + row, is_row, 0), tl.load(end + row, is_row, 0)
+    query = _rows(qkv + head * dim, first_row, 3 * width, i, d, dim, end_row)
+    key = _rows(qkv + width + head * dim, first_row, 3 * width, i, d, dim, end_row)
+    value = _rows(qkv + 2 * width + head * dim, first_row, 3 * width, i, d, dim, end_row)
+    weight = _weights_of(query, key, low, high, row, is_row, scale * LOG2_E)
+    _store(out + head * dim, first_row, width, i, d, dim, end_row, _dot(weight.to(value.dtype), value))
+
+
+@triton.jit
+def long_forward_kernel(
+    qkv, out, log_sum, tiles, rows, heads, dim, scale, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """A slice of a long sequence, and log_sum [heads, 2, rows]: of each row, first, log2 Σ exp of its scores."""
     tile, head = tiles + 4 * tl.program_id(0), tl.program_id(1)
     first_row, end_row = tl.load(tile), tl.load(tile + 1)
     first_key, end_key = tl.load(tile + 2), tl.load(tile + 3)
     width = heads * dim
     i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     row = first_row + i
-    is_row = row < end_row
-    low, high = tl.load(start + row, is_row, 0), tl.load(end + row, is_row, 0)
     query = _rows(qkv + head * dim, first_row, 3 * width, i, d, dim, end_row)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     value_sum = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    factor = scale * LOG2_E  # > 0: the largest product is the largest score
     for at in range(first_key, end_key, BLOCK):
-        key_row = at + i
         key = _rows(qkv + width + head * dim, at, 3 * width, i, d, dim, end_key)
         value = _rows(qkv + 2 * width + head * dim, at, 3 * width, i, d, dim, end_key)
-        sees = (key_row[None, :] >= low[:, None]) & (key_row[None, :] < high[:, None])
-        score = tl.where(sees, _dot(query, tl.trans(key)) * scale, float("-inf"))
-        larger = tl.maximum(largest, tl.max(score, 1))
-        safe = tl.where(larger == float("-inf"), 0.0, larger)  # a row that has seen no key yet
-        weight = tl.exp(score - safe[:, None])
-        old = tl.exp(largest - safe)
+        product = _dot(query, tl.trans(key)) + tl.where(at + i < end_key, 0.0, float("-inf"))[None, :]
+        larger = tl.maximum(largest, tl.max(product, 1))
+        weight = tl.math.exp2(product * factor - (larger * factor)[:, None])
+        old = tl.math.exp2((largest - larger) * factor)
         total = total * old + tl.sum(weight, 1)
         value_sum = value_sum * old[:, None] + _dot(weight.to(value.dtype), value)
         largest = larger
-    inverse = 1.0 / tl.where(is_row, total, 1.0)
-    _store(out + head * dim, first_row, width, i, d, dim, end_row, value_sum * inverse[:, None])
-    saved = softmax + head.to(tl.int64) * 2 * rows + row
-    tl.store(saved, largest, is_row)
-    tl.store(saved + rows, inverse, is_row)
+    _store(out + head * dim, first_row, width, i, d, dim, end_row, value_sum * (1.0 / total)[:, None])
+    saved = log_sum + head.to(tl.int64) * 2 * rows + row
+    tl.store(saved, largest * factor + tl.math.log2(total), row < end_row)
 
 
 @triton.jit
@@ -170,11 +203,7 @@ def short_backward_kernel(
     key = _rows(qkv + width + head * dim, first_row, 3 * width, i, d, dim, end_row)
     value = _rows(qkv + 2 * width + head * dim, first_row, 3 * width, i, d, dim, end_row)
     given = _rows(gradient + head * dim, first_row, width, i, d, dim, end_row)
-    sees = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
-    score = tl.where(sees, _dot(query, tl.trans(key)) * scale, float("-inf"))
-    largest = tl.max(score, 1)
-    weight = tl.exp(score - tl.where(is_row, largest, 0.0)[:, None])
-    weight /= tl.where(is_row, tl.sum(weight, 1), 1.0)[:, None]
+    weight = _weights_of(query, key, low, high, row, is_row, scale * LOG2_E)
     slope = _dot(given, tl.trans(value))
     slope = weight * (slope - tl.sum(weight * slope, 1)[:, None]) * scale
     slope = slope.to(query.dtype)
@@ -195,7 +224,7 @@ def short_backward_kernel(
 
 @triton.jit
 def query_backward_kernel(
-    gradient, qkv, out, softmax, along, qkv_gradient, tiles, rows, heads, dim, scale, BLOCK: tl.constexpr,
+    gradient, qkv, out, log_sum, along, qkv_gradient, tiles, rows, heads, dim, scale, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradients of a slice of a long sequence, and along [heads, rows]: output times its gradient."""
@@ -211,23 +240,23 @@ def query_backward_kernel(
     result = _rows(out + head * dim, first_row, width, i, d, dim, end_row)
     product = tl.sum(given.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(along + head.to(tl.int64) * rows + row, product, is_row)
-    saved = softmax + head.to(tl.int64) * 2 * rows + row
-    largest, inverse = tl.load(saved, is_row, 0.0), tl.load(saved + rows, is_row, 0.0)
+    # Infinite where there is no row: its weights are zeros.
+    log = tl.load(log_sum + head.to(tl.int64) * 2 * rows + row, is_row, float("inf"))
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    factor = scale * LOG2_E
     for at in range(first_key, end_key, BLOCK):
-        key_row = at + i
         key = _rows(qkv + width + head * dim, at, 3 * width, i, d, dim, end_key)
         value = _rows(qkv + 2 * width + head * dim, at, 3 * width, i, d, dim, end_key)
-        score = tl.where((key_row < end_key)[None, :], _dot(query, tl.trans(key)) * scale, float("-inf"))
-        weight = tl.exp(score - largest[:, None]) * inverse[:, None]
-        slope = weight * (_dot(given, tl.trans(value)) - product[:, None]) * scale
+        past = tl.where(at + i < end_key, 0.0, float("-inf"))[None, :]
+        weight = tl.math.exp2(_dot(query, tl.trans(key)) * factor - log[:, None] + past)
+        slope = weight * (_dot(given, tl.trans(value)) - product[:, None])
         total += _dot(slope.to(key.dtype), key)
-    _store(qkv_gradient + head * dim, first_row, 3 * width, i, d, dim, end_row, total)
+    _store(qkv_gradient + head * dim, first_row, 3 * width, i, d, dim, end_row, total * scale)
 
 
 @triton.jit
 def key_backward_kernel(
-    gradient, qkv, softmax, along, qkv_gradient, tiles, rows, heads, dim, scale, BLOCK: tl.constexpr,
+    gradient, qkv, log_sum, along, qkv_gradient, tiles, rows, heads, dim, scale, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The keys' and values' gradients of a slice of a long sequence."""
@@ -240,46 +269,54 @@ def key_backward_kernel(
     value = _rows(qkv + 2 * width + head * dim, first_key, 3 * width, i, d, dim, end_key)
     key_sum = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     value_sum = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    factor = scale * LOG2_E
     for at in range(first_row, end_row, BLOCK):
         row = at + i
         is_row = row < end_row
         query = _rows(qkv + head * dim, at, 3 * width, i, d, dim, end_row)
         given = _rows(gradient + head * dim, at, width, i, d, dim, end_row)
         product = tl.load(along + head.to(tl.int64) * rows + row, is_row, 0.0)
-        saved = softmax + head.to(tl.int64) * 2 * rows + row
-        largest, inverse = tl.load(saved, is_row, 0.0), tl.load(saved + rows, is_row, 0.0)
-        score = tl.where(is_row[:, None], _dot(query, tl.trans(key)) * scale, float("-inf"))
-        weight = tl.exp(score - largest[:, None]) * inverse[:, None]
+        log = tl.load(log_sum + head.to(tl.int64) * 2 * rows + row, is_row, float("inf"))
+        weight = tl.math.exp2(_dot(query, tl.trans(key)) * factor - log[:, None])
         value_sum += _dot(tl.trans(weight.to(given.dtype)), given)
-        slope = weight * (_dot(given, tl.trans(value)) - product[:, None]) * scale
+        slope = weight * (_dot(given, tl.trans(value)) - product[:, None])
         key_sum += _dot(tl.trans(slope.to(query.dtype)), query)
     into = qkv_gradient + head * dim
-    _store(into + width, first_key, 3 * width, i, d, dim, end_key, key_sum)
+    _store(into + width, first_key, 3 * width, i, d, dim, end_key, key_sum * scale)
     _store(into + 2 * width, first_key, 3 * width, i, d, dim, end_key, value_sum)
 
 
+@on_its_device
 def attention_forward(
     qkv: Tensor, groups: tuple[tuple[int, int], ...], scale: float, out: Tensor, softmax: Tensor
 ) -> None:
-    """As torch.ops.pera_fast.attention_forward, for (number of sequences, their length) in row order."""
+    """As torch.ops.pera_fast.attention_forward, for (number of sequences, their length) in row order and scale > 0;
+    of softmax only what `long_forward_kernel` leaves for the backward pass is written.
+    """
     rows, _, heads, dim = qkv.shape
-    block, block_d, warps, _ = config(qkv.dtype, dim)
+    block, block_d, warps, _ = config(qkv.dtype, dim, _capability(qkv.device))
     tiles = _tiles(groups, qkv.device, block)
-    if len(tiles.every):
-        forward_kernel[(len(tiles.every), heads)](
-            qkv, out, softmax, tiles.every, tiles.start, tiles.end, rows, heads, dim, scale, block, block_d,
-            num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True,
-        )  # fmt: skip
+    options = {"num_warps": warps, "num_stages": NUM_STAGES, "enable_fp_fusion": True}
+    if len(tiles.short):
+        short_forward_kernel[(len(tiles.short), heads)](
+            qkv, out, tiles.short, tiles.start, tiles.end, heads, dim, scale, block, block_d, **options
+        )
+    if len(tiles.long):
+        long_forward_kernel[(len(tiles.long), heads)](
+            qkv, out, softmax, tiles.long, rows, heads, dim, scale, block, block_d, **options
+        )
 
 
+@on_its_device
 def attention_backward(
     gradient: Tensor, qkv: Tensor, groups: tuple[tuple[int, int], ...], scale: float, out: Tensor, softmax: Tensor,
     qkv_gradient: Tensor,
 ) -> None:  # fmt: skip
     """As torch.ops.pera_fast.attention_backward."""
     rows, _, heads, dim = qkv.shape
-    block, block_d, warps, warps_long = config(qkv.dtype, dim)
-    tiles, options = _tiles(groups, qkv.device, block), {"num_stages": NUM_STAGES, "enable_fp_fusion": True}
+    block, block_d, warps, warps_long = config(qkv.dtype, dim, _capability(qkv.device))
+    tiles = _tiles(groups, qkv.device, block)
+    options = {"num_stages": NUM_STAGES, "enable_fp_fusion": True}
     if len(tiles.short):
         short_backward_kernel[(len(tiles.short), heads)](
             gradient, qkv, qkv_gradient, tiles.short, tiles.start, tiles.end, heads, dim, scale, block,

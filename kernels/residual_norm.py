@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-NUM_WARPS = 4
+from pera_fast.kernels.launch import on_its_device
+
 # Of the backward pass, in which a program's rows share its sums for weight and bias: one wave of programs, as many as
 # registers let run at once, but no fewer rows than make the sums over programs a small part of the work.
 PROGRAMS_PER_MULTIPROCESSOR, LEAST_ROWS = 6, 16
@@ -155,11 +156,17 @@ def _table(chosen: Tensor | None, rows: int) -> Tensor | None:
     return table
 
 
+def num_warps(block: int) -> int:
+    """For rows padded to `block` numbers: one thread for each, as in place a second could read what one has written."""
+    return max(1, min(4, block // 128))
+
+
 @functools.lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@on_its_device
 def residual_norm_forward(
     source: Tensor,
     x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
@@ -170,15 +177,17 @@ def residual_norm_forward(
     if len(x) == 0:
         return
     keeps_normalised = normalised is not None and y is not None and normalised.data_ptr() != y.data_ptr()
+    block = triton.next_power_of_2(x.shape[1])
     forward_kernel[(len(x),)](
         source, x, branch, _table(rows, len(x)), scale, y, _table(next_rows, len(x)), weight, bias, normalised,
         inverse_deviation, x.shape[1], eps, source.data_ptr() == x.data_ptr(), branch is not None,
         rows is not None, scale is not None, y is not None, next_rows is not None, weight is not None,
-        bias is not None, inverse_deviation is not None, keeps_normalised,
-        triton.next_power_of_2(x.shape[1]), num_warps=NUM_WARPS, enable_fp_fusion=True,
+        bias is not None, inverse_deviation is not None, keeps_normalised, block, num_warps=num_warps(block),
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
+@on_its_device
 def residual_norm_backward(
     x_gradient: Tensor | None, y_gradient: Tensor | None, rows: Tensor | None, scale: Tensor | None,
     next_rows: Tensor | None, weight: Tensor | None, normalised: Tensor | None,
@@ -187,6 +196,7 @@ def residual_norm_backward(
 ) -> None:  # fmt: skip
     """As torch.ops.pera_fast.residual_norm_backward."""
     count, dim = out.shape
+    block = triton.next_power_of_2(dim)
     most = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(out.device)
     each = max(triton.cdiv(count, most), LEAST_ROWS)
     programs = triton.cdiv(count, each)
@@ -197,8 +207,7 @@ def residual_norm_backward(
             inverse_deviation, out, branch_gradient, partial, count, each, dim,
             x_gradient is not None and x_gradient.data_ptr() == out.data_ptr(), x_gradient is not None,
             y_gradient is not None, branch_gradient is not None, rows is not None, scale is not None,
-            next_rows is not None, weight is not None, triton.next_power_of_2(dim), num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            next_rows is not None, weight is not None, block, num_warps=num_warps(block), enable_fp_fusion=True,
         )  # fmt: skip
     for which, target in enumerate((weight_gradient, bias_gradient)):
         if target is not None and partial is not None:

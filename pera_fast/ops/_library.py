@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ def why_no_triton() -> str | None:
         return "Triton is not installed"
     if not torch.cuda.is_available():
         return "no GPU visible"
-    has_compiler = "CC" in os.environ or any(map(shutil.which, ("cc", "gcc", "clang")))
-    return None if has_compiler else "Triton needs a C compiler"
+    if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "Triton needs a C compiler"
+    has_headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return None if has_headers else "Triton needs Python's C headers (the system's package python3-dev)"
 
 
 # As in _dispatch: torch.compile takes the answer for constant and looks for the mark under the cache.

@@ -53,3 +53,9 @@ def columns(z: Tensor) -> Tensor:
     """z transposed and padded, [d, stride]; in bfloat16 two columns side by side, [d / 2, stride, 2]."""
     z = F.pad(z, (0, 0, 0, padding(len(z))))
     return (z.T if z.dtype == torch.float32 else z.unflatten(1, (-1, 2)).transpose(0, 1)).contiguous()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on a GPU in float32, without rounding in between."""
+    is_summed_so = a.dtype == torch.float32 or a.device.type == "cpu"
+    return a @ b if is_summed_so else torch.mm(a, b, out_dtype=torch.float32)

@@ -300,13 +300,14 @@ def _backward(
             *raw, scale_teacher[chunk], scale_student[chunk], centre[chunk], 1 / tau_teacher, 1 / tau_student,
             log_x, log_y, weight, h, dot[chunk],
         )  # fmt: skip
-        dz += h.T @ v
+        dz += _prototypes.product(h.T, v)
         # The weight norm's derivative takes out what is along v.
         along = dot[chunk] * scale_student[chunk] / norm[chunk].square()
         if z_s.device.type == "cpu":
             torch.ops.pera_fast.distill_finish(h @ z_s, v_student[chunk], along, dv[chunk])
         else:
-            torch.addcmul(h @ z_s, v_student[chunk], along[:, None], value=-1, out=dv[chunk])
+            slope = _prototypes.product(h, z_s)
+            torch.addcmul(slope, v_student[chunk], along[:, None], value=-1, out=dv[chunk])
     return dz, dv, (dot / norm)[:, None]
 
 

@@ -64,7 +64,7 @@ class _GramTimes(torch.autograd.Function):
         gram = z.new_zeros(z.shape[1], z.shape[1])
         for _, w in _prototypes.weights(v, g, z.shape[1]):
             w = w.bfloat16() if in_bfloat16 else w
-            gram += _product(w.T, w)
+            gram += _prototypes.product(w.T, w)
         ctx.save_for_backward(z, v, g, gram)
         return z @ gram
 
@@ -85,17 +85,12 @@ class _GramTimes(torch.autograd.Function):
         for chunk in _prototypes.chunks_of(len(v), z.shape[1], v.dtype, v.device.type):
             part = v[chunk]
             # dW = (g/‖v‖) v (zᵀ gradient + gradientᵀ z), of which the weight norm takes out what is along v.
-            slope = _product(part.to(operand.dtype), operand)
+            slope = _prototypes.product(part.to(operand.dtype), operand)
             norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             factor, along = g[chunk] / norm, torch.linalg.vecdot(slope, part)[:, None]
             dg[chunk] = along * factor / norm
             torch.mul(slope.addcmul_(part, along / norm.square(), value=-1), factor.square(), out=dv[chunk])
         return gradient @ gram[0], dv, dg, None
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _is_cpp(z: Tensor) -> bool:

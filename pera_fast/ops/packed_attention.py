@@ -35,7 +35,9 @@ def packed_attention(
     ends, from 0 to rows; empty sequences are fine. On a GPU reading it waits for the device; groups does not.
     scale: factor on the scores, default head_dim ** -0.5. head_dim: 1 to 256.
 
-    Returns [rows, heads, head_dim] in qkv's dtype; sums are float32 or better. Equal calls give equal bits.
+    Returns [rows, heads, head_dim] in qkv's dtype; sums are float32 or better. Equal calls give equal bits, on a GPU
+    where the kernels take them or torch.use_deterministic_algorithms is on: PyTorch's SDPA adds its gradients in any
+    order.
     Raises ValueError naming the argument when shapes, dtypes or devices do not fit.
     """
     if not isinstance(qkv, Tensor):
@@ -103,7 +105,8 @@ def _pairs(counts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, in
 def _forward(
     qkv: Tensor, counts: Sequence[int], lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [rows, heads, head_dim]; each row's largest score and 1 / Σ exp, float32 [heads, 2, rows]."""
+    """Output [rows, heads, head_dim]; float32 [heads, 2, rows] for the backward pass: each row's largest score and
+    1 / Σ exp, on a GPU what kernels/packed_attention.py says."""
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
     softmax = qkv.new_empty(heads, 2, rows, dtype=torch.float32)
@@ -163,6 +166,8 @@ def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
         return _sdpa(qkv, groups, scale)
     if qkv.device.type != "cpu" and qkv.shape[3] > (64 if qkv.dtype == torch.float32 else 128):
         return _sdpa(qkv, groups, scale)  # no tile of these fits into a GPU's registers
+    if qkv.device.type != "cpu" and scale <= 0:
+        return _sdpa(qkv, groups, scale)  # they take the largest product for the largest score
     if qkv.dtype == torch.float16 and qkv.device.type == "cpu":
         return _kernels(qkv.float(), groups, scale).half()  # rare on a CPU, and exact in float32
     counts, lengths = [n for n, _ in groups], [length for _, length in groups]
@@ -215,7 +220,9 @@ def _sdpa(qkv: Tensor, groups: Groups, scale: float, longer_than: int = 0) -> Te
         query, key, value = next(operands), next(operands), next(operands)
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if outputs else qkv[:, 0]
+    if len(outputs) < 2:
+        return outputs[0] if outputs else qkv[:, 0]
+    return torch.cat(outputs)
 
 
 def _operands(qkv: Tensor, groups: Groups, longer_than: int) -> list[Tensor]:

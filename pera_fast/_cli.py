@@ -9,11 +9,12 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pera_fast.config import ConfigError
 
@@ -156,6 +157,32 @@ def run(main: Callable[[], None]) -> None:
     """
     set_up_logging()
     _set_up_streams()
+    try:
+        _run(main)
+    except BaseException as error:
+        if _is_in_a_group():  # see distributed.world
+            _leave(error)
+        raise
+
+
+def _is_in_a_group() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End the process with this error's exit code, without anything that Python or a library does at its end."""
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    code = error.code if isinstance(error, SystemExit) else 1
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,13 +191,20 @@ class DataConfig:
     """Larger images are sampled in square windows of this side."""
     max_bad_share: float = 0.1
     """The run stops when a larger share of the images cannot be read."""
-    workers: int = 4
-    """Processes per rank that read images (0: read in the training process)."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes per rank that read images: a number (0: read in the training process), or auto: a share of the
+    processor's cores, at most 16."""
 
     def __post_init__(self) -> None:
         _all_finite(self)
         _positive_int(self, "window_px")
-        _require(self.workers >= 0, "workers", "a whole number of at least 0", self.workers)
+        if self.workers != "auto":
+            _require(
+                isinstance(self.workers, int) and self.workers >= 0,
+                "workers",
+                "a whole number of at least 0, or auto",
+                self.workers,
+            )
         _between(self, 0, 1, "max_nodata_share", "max_bad_share")
         if self.bands is not None:
             _require(
@@ -204,6 +212,14 @@ class DataConfig:
             )
         if self.std is not None:
             _require(min(self.std, default=0) > 0, "std", "numbers above 0", self.std)
+
+    @property
+    def num_workers(self) -> int:
+        """workers as a number; auto: this rank's share of the cores that this process may use, from 1 to 16."""
+        if self.workers != "auto":
+            return self.workers
+        cores = len(os.sched_getaffinity(0))
+        return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,10 @@ def _store(timeout: timedelta) -> dist.Store:
 
 @contextmanager
 def world(device_name: str) -> Iterator[World]:
-    """Join the ranks that torchrun started; NCCL on CUDA, gloo on CPU. Leaves the group at the end."""
+    """Join the ranks that torchrun started; NCCL on CUDA, gloo on CPU. Leaves the group at the end, unless an error
+    comes out of it and the group is NCCL's: leaving that one waits for the others, who may wait for this rank.
+    `_cli.run` then ends the process where it is.
+    """
     ranks, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     has_cuda = torch.cuda.is_available()
     if device_name == "cuda" and not has_cuda:
@@ -115,10 +118,12 @@ def world(device_name: str) -> Iterator[World]:
             "nccl" if use_cuda else "gloo", store=_store(timeout), rank=int(os.environ["RANK"]), world_size=ranks,
             timeout=timeout,
         )  # fmt: skip
+    has_failed = True
     try:
         yield World(int(os.environ.get("RANK", "0")), ranks, device)
+        has_failed = False
     finally:
-        if ranks > 1:
+        if ranks > 1 and not (has_failed and dist.get_backend() == "nccl"):
             # A DistributedDataParallel that outlives its group aborts the process at its end, one time in five
             # (torch 2.13, gloo); it is part of reference cycles, so it has to be collected.
             gc.collect()

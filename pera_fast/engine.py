@@ -209,6 +209,8 @@ class Engine:
 
     def release(self) -> None:
         """Let go of a recorded step, of gradients, of what was prepared and of what else the steps before have left."""
+        if self._graph is not None:
+            self._graph.release()
         self._graph = self._prepared = None
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
@@ -240,7 +242,7 @@ class Engine:
         return [(one, self._subsets(step, part, one)) for part, one in enumerate(patches)]
 
     def _recorded(self, inputs: list[Input]) -> StepGraph | None:
-        """The graph of the step, which is recorded once the first steps are done."""
+        """The graph of the step, which is recorded once the first steps are done, on every rank or on none."""
         self._steps_to_record -= 1
         if self._graph is None and self._steps_to_record < 0:
             self._steps_to_record = math.inf  # once, whether it goes well or not
@@ -248,11 +250,17 @@ class Engine:
                 self._graph = StepGraph(
                     lambda inputs: self._update(self._sums(self._gradients(inputs)), len(inputs)), inputs
                 )
-                _log.info("the step is recorded in a CUDA graph")
             except RuntimeError as error:  # out of memory is one, too
                 _log.warning("the step is not recorded in a CUDA graph: %s", str(error).splitlines()[0])
-            if self._graph is None:  # outside of the handler, whose traceback holds what was made
+            # Outside of the handler, whose traceback holds what was made.
+            failed = self.world.sum(torch.full((), float(self._graph is None), device=self.world.device))
+            if failed > 0:
                 self.release()
+                if self._replicas is not None:  # DDP waits for gradients that a failed recording has not made
+                    self._replicas.close()
+                    self._replicas = Replicas(self.model, self.config.run.reduce_in)
+            else:
+                _log.info("the step is recorded in a CUDA graph")
         return self._graph
 
     def _gradients(self, inputs: list[Input]) -> list[Losses]:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+
+class Recorded(Protocol):
+    """What torch.cuda.CUDAGraph can do."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
 
 
-def record_on_gpu(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Recorded]]
+
+
+def record_on_gpu(function: Callable[[], Tensor]) -> tuple[Tensor, Recorded]:
     """(what `function` returned, what fills it anew). Nothing is computed yet.
 
     The current stream must not be the default one: gradients are summed on the stream that made them.
@@ -31,7 +40,7 @@ def record_on_gpu(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], 
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
             torch._C._cuda_releasePool(stream.device_index, pool)
         raise
-    return output, graph.replay
+    return output, graph
 
 
 class StepGraph:
@@ -48,7 +57,7 @@ class StepGraph:
         leaves, self._structure = tree_flatten(inputs)
         self._buffers = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         own = tree_unflatten(self._buffers, self._structure)
-        self._output, self._replay = record(lambda: function(own))
+        self._output, self._recorded = record(lambda: function(own))
 
     def __call__(self, inputs: Any) -> Tensor:
         """Raises ValueError for inputs of another structure, shape or dtype than those recorded."""
@@ -66,5 +75,9 @@ class StepGraph:
                 )
         tensors = [(b, x) for b, x in zip(self._buffers, leaves, strict=True) if isinstance(b, Tensor)]
         torch._foreach_copy_([b for b, _ in tensors], [x for _, x in tensors], non_blocking=True)
-        self._replay()
+        self._recorded.replay()
         return self._output
+
+    def release(self) -> None:
+        """Give its memory back, and the communicators that it holds, whoever else still refers to this object."""
+        self._recorded.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -46,8 +47,14 @@ class Replicas:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         # Those whose gradients the averaging backward pass has yet to make; None before its forward pass has ended.
         self._awaited: set[Tensor] | None = None
-        for parameter in self._trained:
-            parameter.register_post_accumulate_grad_hook(self._made)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._made) for p in self._trained]
+
+    def close(self) -> None:
+        """Take no part in backward passes any more; others may then take this object's place."""
+        for hook in self._hooks:
+            hook.remove()
+        del self._ddp
+        gc.collect()  # it is part of reference cycles, and takes its own hooks away at its end
 
     def _made(self, parameter: Tensor) -> None:
         if self._awaited is not None:

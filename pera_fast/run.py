@@ -109,9 +109,11 @@ class Run:
         return done.result
 
     def close(self) -> None:
-        """Records and reading workers; these would keep a process that an error ends waiting for them."""
+        """Records, reading workers and the recorded step: a process that an error ends would wait for them."""
         self.records.close()
         self._loader.close()
+        with suppress(RuntimeError):  # of a GPU that has failed; it must not hide why
+            self.engine.release()
 
     def values_at(self, step: int) -> StepValues:
         """Learning rate and the like of a step."""
@@ -205,7 +207,6 @@ class Run:
 
     def finish(self) -> None:
         """k-NN against the untrained network where there is something to classify, and the report."""
-        self.engine.release()  # memory that a recorded step keeps to itself
         if not self.world.is_first:
             return
         found = checkpoint.Checkpoint.open(self.out)
@@ -464,7 +465,7 @@ def _differences(then: Config, now: Config) -> list[tuple[str, str, Any, Any]]:
         (section, name, a[section][name], value)
         for section in b
         for name, value in b[section].items()
-        if a[section][name] != value and name not in ("resume", "max_steps", "out")
+        if a[section][name] != value and name not in ("resume", "max_steps", "out", "workers")
     ]
 
 

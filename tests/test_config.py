@@ -10,6 +10,7 @@ from pera_fast.config import (
     Config,
     ConfigError,
     CropConfig,
+    DataConfig,
     ModelConfig,
     from_dict,
     load_yaml,
@@ -58,6 +59,8 @@ def test_yaml_changes_a_preset(tmp_path: Path) -> None:
         ({"model": {"num_heads": 5}}, "^num_heads: expected a divisor"),
         ({"model": 3}, "model: expected a section of settings, got 3"),
         ({"run": {"precision": "fp8"}}, "precision"),
+        ({"data": {"workers": "many"}}, "workers"),
+        ({"data": {"workers": 1.5}}, "workers"),
         ([1], "expected sections of settings, got list"),
     ],
 )
@@ -81,6 +84,7 @@ def test_not_yaml(text: str, tmp_path: Path) -> None:
     [
         (lambda: ModelConfig(num_heads=5), "num_heads: expected a divisor of embed_dim = 768, got 5"),
         (lambda: ModelConfig(depth=0), "depth: expected a whole number of at least 1, got 0"),
+        (lambda: DataConfig(workers=-1), "workers: expected a whole number of at least 0, or auto, got -1"),
         (lambda: ModelConfig(drop_path=1.0), "drop_path: expected .* got 1.0"),
         (
             lambda: CropConfig(student_ratio=0.5, teacher_ratio=0.6),
@@ -115,3 +119,18 @@ def test_settings_that_cannot_work(make: object, sentence: str) -> None:
 
 def test_no_local_crops_is_allowed() -> None:
     Config(crops=CropConfig(num_local=0, local_px=16))
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_ranks", "workers"), [(2, None, 2), (64, None, 16), (64, 8, 8), (4, 8, 1)]
+)
+def test_workers_share_out_the_cores(
+    cores: int, local_ranks: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local_ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    assert DataConfig().num_workers == workers
+    assert from_dict({"data": {"workers": 4}}).data.num_workers == 4
+    assert from_dict({"data": {"workers": 0}}).data.num_workers == 0

@@ -53,11 +53,14 @@ class Recorder(TorchDispatchMode):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
+    def reset(self) -> None:
+        self.calls.clear()
 
-def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+
+def record(function: Callable[[], Tensor]) -> tuple[Tensor, Recorder]:
     with Recorder() as recorder:
         output = function()
-    return output, recorder.replay
+    return output, recorder
 
 
 def test_replayed_on_new_inputs() -> None:
@@ -128,6 +131,9 @@ def test_training_through_the_graph_is_training(
     assert len(calls) == 1, "the steps are replayed, not taken"
     for key, value in state(plain).items():
         assert torch.equal(state(recorded)[key], value), key
+    graph = recorded._graph
+    recorded.release()
+    assert recorded._graph is None and graph is not None and not graph._recorded.calls  # type: ignore[attr-defined]
     assert [r.losses for r in reports + later] == [r.losses for r in plain_reports]
 
 
@@ -317,7 +323,7 @@ def test_little_is_left_to_the_host(image_folder: Path, monkeypatch: pytest.Monk
     engine, _ = run(image_folder, config, 1)
     batches = _batches(image_folder, config, engine)
     engine._graph = StepGraph(
-        lambda inputs: torch.zeros(9), engine._inputs(1, batches), lambda f: (f(), lambda: None)
+        lambda inputs: torch.zeros(9), engine._inputs(1, batches), lambda f: (f(), Recorder())
     )
     crop_patches = engine_module.ops.crop_patches
     monkeypatch.setattr(  # as on a GPU, where the loader's numbers are not read back

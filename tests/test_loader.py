@@ -17,8 +17,9 @@ from conftest import tiny_config
 from PIL import Image
 
 from pera_fast.config import Config, CropConfig
+from pera_fast.data import loader
 from pera_fast.data.crops import draw_box, draw_crops
-from pera_fast.data.loader import Batch, StreamSampler, WindowDataset, make_loader
+from pera_fast.data.loader import Batch, Sample, StreamSampler, WindowDataset, collate, join, make_loader
 from pera_fast.data.sources import DataError, Scene, SceneIndex, scan
 from pera_fast.data.statistics import compute_statistics
 
@@ -40,6 +41,50 @@ def test_workers_change_nothing(image_folder: Path) -> None:
     alone = dataset(image_folder, config)
     crowd = dataset(image_folder, replace(config, data=replace(config.data, workers=2)))
     for a, b in zip(make_loader(alone, 0, 5), make_loader(crowd, 0, 5), strict=True):
+        assert_equal(a, b)
+
+
+def drawn_samples(count: int, num_local: int) -> list[Sample]:
+    """Images of several dtypes, of sizes that fill no multiple of 16 bytes."""
+    random, crops = np.random.default_rng(0), CropConfig(num_local=num_local)
+    samples = []
+    for i in range(count):
+        height, width = random.integers(20, 60, 2).tolist()
+        pixels = random.integers(0, 255, (3, height, width)).astype(("uint8", "uint16", "float32")[i % 3])
+        low, high = random.random((2, 3), np.float32)
+        drawn = {kind: draw_crops(random, height, width, crops, kind) for kind in ("global", "local")}
+        samples.append(Sample(pixels, low, high, drawn, [(f"{i}.png", "cut off")] if i % 2 else []))
+    return samples
+
+
+@pytest.mark.parametrize("num_local", [0, 2])
+@pytest.mark.parametrize("sizes", [(7,), (4, 4), (3, 3, 1), (1, 1, 1, 1, 1)])
+def test_joined_pieces_are_the_batch_of_all_samples(sizes: tuple[int, ...], num_local: int) -> None:
+    samples = drawn_samples(sum(sizes), num_local)
+    starts = np.cumsum([0, *sizes])
+    pieces = [collate(samples[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    whole, joined = collate(samples), join(pieces)
+    assert_equal(whole, joined)
+    assert joined.bad == whole.bad and len(joined) == len(samples)
+    for sample, image in zip(samples, joined.images.views(), strict=True):
+        assert np.array_equal(image.numpy(), sample.pixels)
+    assert len(pieces) > 1 or joined is pieces[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_read_pieces_of_a_forward_pass(
+    image_folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(batch_size=8, accumulate=2)
+    config = replace(config, data=replace(config.data, workers=workers))
+    data = dataset(image_folder, config)
+    whole = [list(make_loader(data, 5, 3, rank, 2)) for rank in range(2)]
+    seen: list[int] = []
+    monkeypatch.setattr(loader, "_PIECE", 3)
+    monkeypatch.setattr(loader, "collate", lambda samples: seen.append(len(samples)) or collate(samples))
+    pieces = [list(make_loader(data, 5, 3, rank, 2)) for rank in range(2)]
+    assert seen == ([] if workers else [3, 3, 2] * 12)
+    for a, b in zip(sum(whole, []), sum(pieces, []), strict=True):
         assert_equal(a, b)
 
 
@@ -204,6 +249,7 @@ def test_a_batch_is_one_buffer_hardly_larger_than_its_pixels(tmp_path: Path) -> 
     batch = next(make_loader(dataset(tmp_path, config), 0, 1))
     pixels = 4 * 3 * 512 * 512
     assert pixels < batch.buffer.numel() < 1.005 * pixels
+    assert loader._PIECE / 4 * batch.buffer.numel() < 2**25
     storage = batch.buffer.untyped_storage().data_ptr()
     tensors = [*batch.images, *(x for table in batch.tables for x in table)]
     assert all(x.untyped_storage().data_ptr() == storage for x in tensors)
@@ -212,8 +258,12 @@ def test_a_batch_is_one_buffer_hardly_larger_than_its_pixels(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
-def test_batches_on_a_gpu_are_those_of_the_cpu(image_folder: Path) -> None:
+@pytest.mark.parametrize("piece", [32, 3])
+def test_batches_on_a_gpu_are_those_of_the_cpu(
+    image_folder: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = dataset(image_folder)
+    monkeypatch.setattr(loader, "_PIECE", piece)
     for a, b in zip(
         make_loader(data, 0, 6), make_loader(data, 0, 6, device=torch.device("cuda")), strict=True
     ):

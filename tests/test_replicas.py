@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 from conftest import several_ranks, tiny_config
 from test_engine import assert_near, run, state
+from torch import Tensor
 
+from pera_fast import engine as engine_module
 from pera_fast import ops
 from pera_fast.config import Config
 from pera_fast.distributed import World, world
@@ -58,6 +61,19 @@ class Short:
         return called
 
 
+class Again:
+    """In place of a recorded step: takes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, inputs: Any) -> Tensor:
+        return self._engine._update(self._engine._sums(self._engine._gradients(inputs)), len(inputs))
+
+    def release(self) -> None:
+        pass
+
+
 def disturbed(
     folder: Path,
     config: Config,
@@ -72,7 +88,7 @@ def disturbed(
     short = Short(place if on.rank in ranks else "nowhere", step, gathers)
     engine, _ = run(folder, config, 0, on=on)
     if is_recorded:
-        engine._graph = lambda inputs: engine._update(engine._sums(engine._gradients(inputs)), len(inputs))  # type: ignore[assignment]
+        engine._graph = Again(engine)  # type: ignore[assignment]
     blocks = engine.model.student.backbone.blocks
     # A block's gradients are made in reverse order: the last block's first.
     for name, layer in (("backward", blocks[-1].norm2), ("end of backward", blocks[0].norm1)):
@@ -123,6 +139,38 @@ def test_all_ranks_take_the_step_again(image_folder: Path) -> None:
     several_ranks(__file__, 2, image_folder, "again")
 
 
+def test_where_one_rank_cannot_record_none_does(image_folder: Path) -> None:
+    several_ranks(__file__, 2, image_folder, "recording")
+
+
+def _recording(folder: Path, on: World) -> None:
+    """A recording that fails in the backward pass leaves DDP waiting for gradients; nothing of it is left behind."""
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def record(_: Callable[[Any], Tensor], inputs: Any) -> Again:
+        if on.rank == 1:  # the other has nothing to exchange while it records
+            hooks = [p.register_hook(fail) for p in engine.model.parameters() if p.requires_grad]
+            try:
+                engine._gradients(inputs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return Again(engine)
+
+    for accumulate in (1, 2):
+        config = tiny_config(batch_size=2, accumulate=accumulate)
+        config = replace(config, optim=replace(config.optim, koleo_weight=0.0))  # nor in its forward pass
+        undisturbed = state(run(folder, config, 4, on=on)[0])
+        engine, _ = run(folder, config, 2, on=on)
+        engine._steps_to_record = 0
+        with patch.object(engine_module, "StepGraph", record):
+            run(folder, config, 4, start=2, engine=engine, on=on)
+        assert engine._graph is None
+        assert_near(state(engine), undisturbed, 1e-5)
+
+
 def test_where_the_model_is_shared_out_it_is_a_sentence(image_folder: Path) -> None:
     several_ranks(__file__, 2, image_folder, "sharded")
 
@@ -134,4 +182,6 @@ def _sharded(folder: Path, on: World) -> None:
 
 if __name__ == "__main__":
     with world("cpu") as on:
-        {"again": _on_each_rank, "sharded": _sharded}[sys.argv[2]](Path(sys.argv[1]), on)
+        {"again": _on_each_rank, "recording": _recording, "sharded": _sharded}[sys.argv[2]](
+            Path(sys.argv[1]), on
+        )

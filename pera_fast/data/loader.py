@@ -11,6 +11,8 @@ import math
 import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +29,9 @@ from pera_fast.reference import PIXEL_DTYPES, CropTable, SourceImages
 
 _log = logging.getLogger("pera_fast")
 _ALIGN = 16  # bytes; everything in a batch's buffer starts where any dtype may be viewed
+# Images that a worker hands over at once, so that what waits on the host does not grow with workers times batch. The
+# buffer of 32 RGB windows of 512 px stays below 32 MiB, glibc's largest mmap threshold: its memory is used again.
+_PIECE = 32
 _WINDOW_DRAWS = 10
 _SCENE_DRAWS = 1000  # then the data are gone, and going through millions more of them would look like a hang
 _GRACE = 60  # seconds a worker goes on for after SIGTERM
@@ -185,15 +190,55 @@ def collate(samples: Sequence[Sample]) -> Batch:
         for name in first if count else ():
             by_crop = np.stack([sample.crops[kind][name] for sample in samples], axis=1)
             arrays[f"{kind}.{name}"] = by_crop.reshape(-1, *by_crop.shape[2:])
-    fields, end = {}, int(starts[-1])
+    fields, end = _lay_out(arrays, int(starts[-1]))
+    buffer = np.zeros(end, np.uint8)
+    places = [*starts[:-1], *(field.start for field in fields.values())]
+    _write(buffer, places, [*pixels, *arrays.values()])
+    return Batch(torch.from_numpy(buffer), fields, [entry for sample in samples for entry in sample.bad])
+
+
+def join(pieces: Sequence[Batch], device: torch.device | None = None) -> Batch:
+    """Batches on the CPU -> one on `device` (default: the CPU), to the byte what `collate` makes of all their samples.
+
+    On a GPU, from pinned memory without waiting for the copies.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    if len(pieces) == 1:
+        return pieces[0].to(device) if device is not None and on_gpu else pieces[0]
+    ends = np.cumsum([0] + [piece.fields["offsets"].start for piece in pieces])  # of the images
+    firsts = np.cumsum([0] + [len(piece) for piece in pieces])
+    arrays: dict[str, np.ndarray] = {}
+    for name, (_, shape, _) in pieces[0].fields.items():
+        # [crops, images of the piece, ...]; what is said of images as if of one crop.
+        parts = [piece._view(name).numpy().reshape(-1, len(piece), *shape[1:]) for piece in pieces]
+        if name == "offsets":
+            parts = [part + end for part, end in zip(parts, ends[:-1], strict=True)]
+        elif name.endswith(".image"):
+            parts = [part + first for part, first in zip(parts, firsts[:-1], strict=True)]
+        arrays[name] = np.concatenate(parts, axis=1).reshape(-1, *shape[1:])
+    images_end = int(ends[-1])
+    fields, end = _lay_out(arrays, images_end)
+    rest = torch.zeros(end - images_end, dtype=torch.uint8, pin_memory=on_gpu)
+    _write(rest.numpy(), [field.start - images_end for field in fields.values()], arrays.values())
+    buffer = torch.empty(end, dtype=torch.uint8, device=device)
+    for piece, start, stop in zip(pieces, ends[:-1], ends[1:], strict=True):
+        buffer[start:stop].copy_(piece.buffer[: stop - start], non_blocking=True)
+    buffer[images_end:].copy_(rest, non_blocking=True)
+    return Batch(buffer, fields, [entry for piece in pieces for entry in piece.bad])
+
+
+def _lay_out(arrays: dict[str, np.ndarray], end: int) -> tuple[dict[str, Field], int]:
+    """Where arrays lie one after another from byte `end` on, and where they end."""
+    fields = {}
     for name, array in arrays.items():
         fields[name] = Field(end, array.shape, torch.from_numpy(array).dtype)
         end += _aligned(array.nbytes)
-    buffer = np.zeros(end, np.uint8)
-    places = [*starts[:-1], *(field.start for field in fields.values())]
-    for start, array in zip(places, [*pixels, *arrays.values()], strict=True):
+    return fields, end
+
+
+def _write(buffer: np.ndarray, starts: Iterable[int], arrays: Iterable[np.ndarray]) -> None:
+    for start, array in zip(starts, arrays, strict=True):
         buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return Batch(torch.from_numpy(buffer), fields, [entry for sample in samples for entry in sample.bad])
 
 
 def _aligned(size: int) -> int:
@@ -236,20 +281,35 @@ def make_loader(
     """
     config = dataset.config
     on_gpu = device is not None and device.type == "cuda"
+    workers, starts = config.data.num_workers, range(0, config.run.images, _PIECE)
     loader: DataLoader = DataLoader(
         dataset,
-        batch_sampler=StreamSampler(config, first, steps, rank, ranks),
+        batch_sampler=(
+            positions[start : start + _PIECE]
+            for positions in StreamSampler(config, first, steps, rank, ranks)
+            for start in starts
+        ),
         collate_fn=collate,
-        num_workers=config.data.workers,
+        num_workers=workers,
         pin_memory=on_gpu,
-        prefetch_factor=2 if config.data.workers else None,
+        # A forward pass ahead at least, or workers would stand still while a long one is computed.
+        prefetch_factor=max(2, -(-len(starts) // workers)) if workers else None,
         worker_init_fn=_outlive_signals,
     )
+    passes = _grouped(loader, len(starts))
     try:
-        yield from copied_ahead(loader, device) if on_gpu and device else loader
+        yield from (
+            copied_ahead(passes, device) if on_gpu and device else map(partial(join, device=device), passes)
+        )
     except DataError as error:
         # A worker's exception arrives with its traceback before the sentence.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_DATA_ERROR}: ")) from None
+
+
+def _grouped(pieces: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    iterator = iter(pieces)
+    for first in iterator:
+        yield [first, *islice(iterator, count - 1)]
 
 
 def _outlive_signals(_: int) -> None:
@@ -261,13 +321,14 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
-def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on a GPU, each copied on a stream of its own while the one before is being used."""
+def copied_ahead(passes: Iterable[list[Batch]], device: torch.device) -> Iterator[Batch]:
+    """The pieces of each forward pass joined on a GPU, on a stream of its own while the one before is being used."""
     copies = torch.cuda.Stream(device)
     ahead: Batch | None = None
-    for batch in batches:
+    for pieces in passes:
         with torch.cuda.stream(copies):
-            following = batch.to(device)
+            following = join(pieces, device)
+        del pieces  # pinned memory, free for what is read next
         if ahead is not None:
             yield ahead
         # From here on the caller's work waits for the copy, and the copy's memory for the caller's work.

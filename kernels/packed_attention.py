@@ -22,7 +22,7 @@ NUM_STAGES = 2
 LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU's exponential is of base 2
 
 
-def config(dtype: torch.dtype, dim: int, capability: int = 90) -> tuple[int, int, int, int]:
+def config(dtype: torch.dtype, dim: int, capability: int) -> tuple[int, int, int, int]:
     """(rows of a tile, head_dim as a power of two, warps, warps of long sequences' backward passes) that spill no
     registers on sm_80 and sm_90.
 
@@ -50,7 +50,6 @@ class Tiles(NamedTuple):
     """Of each tile first row, end row, first key, end key: int32 [tiles, 4]; and of each row its sequence's
     start and end: int32 [rows]."""
 
-    every: Tensor
     short: Tensor
     long: Tensor
     start: Tensor
@@ -76,7 +75,7 @@ def tiles_of(groups: tuple[tuple[int, int], ...], device: torch.device, block: i
         starts.append(first_rows.repeat_interleave(length))
         ends.append(starts[-1] + length)
         row += count * length
-    tables = [torch.tensor(t, dtype=torch.int32).view(-1, 4).to(device) for t in (short + long, short, long)]
+    tables = [torch.tensor(t, dtype=torch.int32).view(-1, 4).to(device) for t in (short, long)]
     rows = [
         torch.cat(t).to(device) if t else torch.empty(0, dtype=torch.int32, device=device)
         for t in (starts, ends)

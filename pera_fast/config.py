@@ -166,6 +166,11 @@ class CropConfig:
         return student, visible_or_target - student, num_patches - visible_or_target
 
 
+def usable_cores() -> int:
+    """Of the processor, those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, which of their bands, and how they become numbers."""
@@ -218,8 +223,7 @@ class DataConfig:
         """workers as a number; auto: this rank's share of the cores that this process may use, from 1 to 16."""
         if self.workers != "auto":
             return self.workers
-        cores = len(os.sched_getaffinity(0))
-        return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        return min(16, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 
 import pera_fast.ops  # noqa: F401  (registers the ops)
 from pera_fast import _cli
+from pera_fast.config import usable_cores
 from pera_fast.ops import _dispatch, _library
 from pera_fast.optim import apex
 
@@ -37,11 +38,10 @@ def _processor() -> dict[str, Any]:
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "name": found.group(1) if found else name,
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "usable_cores": cores,
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
     }
 

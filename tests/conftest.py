@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,8 +78,10 @@ def run_module(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def several_ranks(file: str, ranks: int, *arguments: object, per_node: int | None = None) -> None:
-    """Run a test file's `__main__` with the arguments on each rank; per_node: of this many ranks."""
+def start_ranks(
+    ranks: int, *command: object, per_node: int | None = None, **options: Any
+) -> list[subprocess.Popen[Any]]:
+    """A Python process with the arguments for each rank; per_node: of this many ranks. options: Popen's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -86,13 +89,18 @@ def several_ranks(file: str, ranks: int, *arguments: object, per_node: int | Non
         **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node or ranks), "MASTER_PORT": port,
         "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"),
     }  # fmt: skip
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, file, *map(str, arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % (per_node or ranks))},
+            [sys.executable, *map(str, command)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % (per_node or ranks))}, **options,
         )
         for rank in range(ranks)
-    ]
+    ]  # fmt: skip
+
+
+def several_ranks(file: str, ranks: int, *arguments: object, per_node: int | None = None) -> None:
+    """Run a test file's `__main__` with the arguments on each rank; per_node: of this many ranks."""
+    processes = start_ranks(ranks, file, *arguments, per_node=per_node)
     try:
         assert [p.wait(timeout=200) for p in processes] == [0] * ranks
     finally:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import start_ranks
 
 RANK = """
-import atexit, sys, time
+import atexit, sys
 from unittest.mock import patch
 import torch.distributed as dist
 from pera_fast import _cli
@@ -31,19 +28,9 @@ _cli.run(main)
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_an_error_on_one_rank_ends_it(backend: str, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_it(backend: str) -> None:
     """NCCL, whose teardown may wait for ever, is played by gloo: what is seen is that nothing is torn down."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, backend], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": "0"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = start_ranks(2, "-c", RANK, backend, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         (_, told), (out, error) = (rank.communicate(timeout=120) for rank in ranks)
     finally:

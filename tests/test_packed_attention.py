@@ -303,6 +303,8 @@ for block in (16, 64):
       out, softmax = torch.full_like(want, torch.nan), torch.full((heads, 2, rows), torch.nan)
       kernels.attention_forward(qkv.detach(), groups, scale, out, softmax)
       torch.testing.assert_close(out, want.detach(), rtol=1e-5, atol=1e-5)
+      tiles = kernels.tiles_of(groups, qkv.device, block)
+      assert all(softmax[:, 0, first:end].isfinite().all() for first, end, _, _ in tiles.long.tolist())
       got = torch.full_like(qkv, torch.nan)
       kernels.attention_backward(gradient, qkv.detach(), groups, scale, out, softmax, got)
       torch.testing.assert_close(got, want_gradient, rtol=1e-5, atol=1e-5)
@@ -321,14 +323,15 @@ def test_tiles_cover_every_row_once() -> None:
     groups = ((5, 8), (2, 23), (3, 158), (1, 64), (4, 1), (2, 0), (1, 471))
     block = 64
     tiles = kernels.tiles_of(groups, torch.device("cpu"), block)
-    rows = [row for first, end, _, _ in tiles.every.tolist() for row in range(first, end)]
+    every = torch.cat((tiles.short, tiles.long))
+    rows = [row for first, end, _, _ in every.tolist() for row in range(first, end)]
     assert sorted(rows) == list(range(sum(n * length for n, length in groups)))
-    for first, end, first_key, end_key in tiles.every.tolist():
+    for first, end, first_key, end_key in every.tolist():
         assert 0 < end - first <= block
         # A row's own sequence lies within the tile's keys; of a short tile keys and rows are the same.
         assert first_key <= tiles.start[first:end].min() and tiles.end[first:end].max() <= end_key
     assert all(tile[:2] == tile[2:] for tile in tiles.short.tolist())
-    assert len(tiles.every) == len(tiles.short) + len(tiles.long)
+    assert len(every) == len(tiles.short) + len(tiles.long)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -11,7 +11,6 @@ import math
 import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -298,9 +297,7 @@ def make_loader(
     )
     passes = _grouped(loader, len(starts))
     try:
-        yield from (
-            copied_ahead(passes, device) if on_gpu and device else map(partial(join, device=device), passes)
-        )
+        yield from copied_ahead(passes, device) if on_gpu and device else map(join, passes)
     except DataError as error:
         # A worker's exception arrives with its traceback before the sentence.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix(f"{_DATA_ERROR}: ")) from None

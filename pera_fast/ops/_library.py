@@ -93,7 +93,7 @@ def why_no_triton() -> str | None:
         return "no GPU visible"
     if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "Triton needs a C compiler"
-    has_headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    has_headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
     return None if has_headers else "Triton needs Python's C headers (the system's package python3-dev)"
 
 

@@ -7,13 +7,14 @@ import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from baselines import eager_step, pillow_augment
 from bench_distill_loss import peak_flops
 from bench_patch_embed import whole_views
-from compare import all_close, compare, needs_bfloat16, needs_gpu
+from compare import all_close, compare, needs_bfloat16, needs_gpu, peak_bytes
 from torch import Tensor
 from workload import IMAGENET, batch, statistics
 
@@ -94,14 +95,17 @@ def sides(
         [p for p in twin.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04, eps=2e-5, fused=True
     )
     decoded = batch(config, images)
+    source = decoded
+    if device == "cuda":  # finished views are there already; beside Pillow's, both copy as a loader has it
+        source = decoded.pin_memory() if "Pillow" in peer else decoded.to(engine.world.device)
     mean, std = (torch.tensor(x) for x in IMAGENET)
     sizes = (config.crops.global_px, config.crops.local_px)
-    patches = engine.patches(0, 0, decoded)
+    patches = engine.patches(0, 0, source)
     indices = [tuple(masks) for masks in patches.groups]
     forward = torch.compile(eager_step.step) if "compile" in peer else eager_step.step
 
     def ours() -> Tensor:
-        return torch.tensor(engine.step(0, [decoded], VALUES).losses["total"])
+        return torch.tensor(engine.step(0, [source], VALUES).losses["total"])
 
     def train(views: list[tuple[Tensor, ...]]) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -116,7 +120,7 @@ def sides(
         return ours, lambda: train(finished)
     arrays = [image.numpy() for image in decoded.images.views()]
     if device == "cuda":  # whose cores are free for it
-        ahead = pillow_augment.Ahead(arrays, decoded.tables, sizes, mean, std, device)
+        ahead = pillow_augment.Ahead(arrays, decoded.tables, sizes, mean, std)
         closing.enter_context(ahead)
         return ours, lambda: ahead.during(train)
 
@@ -135,9 +139,10 @@ def measure(
         torch.cuda.set_stream(torch.cuda.Stream())
     with ExitStack() as closing:
         ours, theirs = sides(config, images, peer, device, closing)
-        rate = {}
+        rate: dict[str, Any] = {}
         if device == "cuda":
-            rate["peak_flops"] = peak_flops("bfloat16", "cuda")
+            ours()  # moments and workspaces stay
+            rate = {"peak_flops": peak_flops("bfloat16", "cuda"), "peak": peak_bytes(ours, "cuda")}
             for _ in range(13):  # the step is recorded on the way
                 ours()
         backends = ", ".join(sorted({_dispatch.resolve(op, device).backend for op in _dispatch.registered()}))

@@ -1,8 +1,10 @@
 """Benchmark results in the repository, and the README's tables made from them.
 
-python bench/results.py save FILE.json …    pytest-benchmark files -> bench/results/<machine>.json, each benchmark's
-                                            row in the place of an earlier one of the same name
-python bench/results.py readme              the results -> README.md, between its markers
+python bench/results.py save FILE …    pytest-benchmark's .json files, or the .jsonl that $BENCH_ROWS named, ->
+                                       bench/results/<machine>.json, each benchmark's row in the place of an earlier
+                                       one of the same name
+python bench/results.py readme         the results -> README.md, between its markers
+python bench/results.py show FILE      the table of such a <machine>.json
 """
 
 from __future__ import annotations
@@ -19,18 +21,8 @@ MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
 def save(paths: list[str]) -> Path:
-    """Keep what matters of pytest-benchmark files: one flat row per benchmark and shape."""
-    rows = [
-        {
-            "benchmark": b["name"],
-            "date": file["datetime"][:10],
-            **b["extra_info"],
-            "ours_stddev_ms": 1e3 * b["stats"]["stddev"],
-        }
-        for file in (json.loads(Path(path).read_text()) for path in paths)
-        for b in file["benchmarks"]
-        if "op" in b["extra_info"]
-    ]
+    """Keep what matters of benchmark files: one flat row per benchmark and shape."""
+    rows = [row for path in paths for row in rows_of(Path(path))]
     if not rows:
         sys.exit(f"error: {', '.join(paths)}: no benchmark of this project")
     device = sorted({row["device"] for row in rows})[-1]
@@ -41,6 +33,14 @@ def save(paths: list[str]) -> Path:
     target.write_text(json.dumps({"rows": list(merged.values())}, indent=1) + "\n")
     print(target.relative_to(ROOT))
     return target
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    file = json.loads(path.read_text())
+    found = [b for b in file["benchmarks"] if "op" in b["extra_info"]]
+    return [{"benchmark": b["name"], "date": file["datetime"][:10], **b["extra_info"]} for b in found]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -91,5 +91,7 @@ if __name__ == "__main__":
             save(paths)
         case ["readme"]:
             readme()
+        case ["show", path]:
+            print(table(json.loads(Path(path).read_text())))
         case _:
             sys.exit(__doc__)

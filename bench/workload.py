@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,7 @@ def small_vit_s(num_prototypes: int = 8192, drop_path: float = 0.3) -> Config:
     )
 
 
+@functools.cache
 def textured_image(px: int, seed: int) -> np.ndarray:
     """uint8 [3, px, px] with structure at several scales, as photographs have."""
     random = np.random.default_rng(seed)

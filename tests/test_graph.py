@@ -306,6 +306,23 @@ def test_recorded_on_a_gpu(image_folder: Path, accumulate: int) -> None:
     assert_near(state(runs[0][0]), state(runs[1][0]), 1e-4)
 
 
+@needs_cuda
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.005), ("bf16", 0.1)])
+def test_fifty_steps_on_a_gpu_follow_the_cpus(image_folder: Path, precision: str, bound: float) -> None:
+    """Most of them recorded; with crops, masks, subsets and schedules of its own making on each side."""
+    torch.cuda.set_stream(torch.cuda.Stream())
+    base = tiny_config(epochs=20)
+    config = replace(base, model=replace(base.model, drop_path=0.3))
+    _, wanted = run(image_folder, config, 50)
+    on_gpu = replace(config, run=replace(config.run, device="cuda", precision=precision))
+    engine, got = run(image_folder, on_gpu, 50, on=World(0, 1, torch.device("cuda")))
+    assert engine._graph is not None
+    assert abs(wanted[-1].losses["total"] - wanted[0].losses["total"]) > 0.5
+    for a, b in zip(got, wanted, strict=True):
+        for name in set(a.losses) - {"koleo"}:  # where what is nearest may change in a jump
+            assert a.losses[name] == pytest.approx(b.losses[name], rel=bound)
+
+
 class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

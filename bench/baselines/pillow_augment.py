@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -49,18 +50,16 @@ def crop_pairs(
 
 
 class Ahead:
-    """The same on every core, a batch ahead of the one that is trained on, as a data loader's workers do it."""
+    """The same on every core for a GPU, a batch ahead of the one that is trained on, as a data loader does it."""
 
     def __init__(
-        self, images: list[np.ndarray], tables: Sequence[CropTable], sizes: Sequence[int], mean: Tensor, std: Tensor,
-        device: str,
+        self, images: list[np.ndarray], tables: Sequence[CropTable], sizes: Sequence[int], mean: Tensor, std: Tensor
     ) -> None:  # fmt: skip
         cores = len(os.sched_getaffinity(0))
-        self._pool = torch.multiprocessing.get_context("forkserver").Pool(
-            cores, initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = torch.multiprocessing.get_context("forkserver").Pool(cores, initializer=_start)
         self._thread = ThreadPoolExecutor(1)
-        self._device, self._tables, self._sizes = device, tables, sizes
+        self._stream = torch.cuda.Stream()
+        self._tables, self._sizes = tables, sizes
         self._tasks, self._places = [], []
         for part in np.array_split(np.arange(len(images)), min(cores, len(images))):
             places = [torch.isin(table.image, torch.from_numpy(part)).nonzero()[:, 0] for table in tables]
@@ -74,14 +73,19 @@ class Ahead:
 
     def _load(self) -> list[tuple[Tensor, Tensor]]:
         views = [
-            tuple(torch.empty(len(table.image), 3, px, px, device=self._device) for _ in range(2))
+            [torch.empty(len(table.image), 3, px, px, pin_memory=True) for _ in range(2)]
             for table, px in zip(self._tables, self._sizes, strict=True)
         ]
         for places, part in zip(self._places, self._pool.imap(_call, self._tasks), strict=True):
             for at, to, pair in zip(places, views, part, strict=True):
                 for view, crops in zip(to, pair, strict=True):
-                    view[at.to(self._device)] = crops.to(self._device)
-        return views
+                    view[at] = crops
+        with torch.cuda.stream(self._stream):
+            copies = [
+                tuple(view.to(self._stream.device, non_blocking=True) for view in pair) for pair in views
+            ]
+        self._stream.synchronize()
+        return copies
 
     def during(self, step: Callable[[list[tuple[Tensor, Tensor]]], Any]) -> Any:
         """step(views of this batch), while those of the next are made; returns when both are done."""
@@ -96,6 +100,11 @@ class Ahead:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
         self._pool.terminate()
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its owner waits for what is made here, then ends it
+    torch.set_num_threads(1)
 
 
 def _call(task: Callable[[], Any]) -> Any:

@@ -34,24 +34,23 @@ def choose(engine: Engine, config: Config, world: World) -> tuple[Config, float 
 
     Raises ConfigError when not even one image fits, or global_batch cannot be shared out.
     """
-    run, accumulate, found = config.run, config.run.accumulate, None
-    if run.batch_size == "auto":
-        found = (
-            fit_on_gpu(engine, config, world) if world.device.type == "cuda" else fit_on_cpu(config, world)
-        )
-    elif world.device.type == "cuda":
-        _allocate(engine)
-    most = run.images if found is None else found.images
-    if run.global_batch is not None:
-        most, accumulate = share_out(run.global_batch, world.ranks, most)
+    run, on_gpu, found, passes = config.run, world.device.type == "cuda", None, config.run.accumulate
+    while True:
+        if run.batch_size == "auto":
+            found = fit_on_gpu(engine, config, world, passes) if on_gpu else fit_on_cpu(config, world)
+        elif on_gpu:
+            _allocate(engine)
+        most, fitted_for = run.images if found is None else found.images, passes
+        if run.global_batch is not None:
+            most, passes = share_out(run.global_batch, world.ranks, most)
+        if found is None or passes <= fitted_for:
+            break  # of more passes, each has more beside it
     predicted = found.predicted_bytes if found is not None and found.images == most else None
     _log.info(
         "%d images a step (%d, ranks %d, forward passes %d); the learning rate is taken as it is given",
-        most * world.ranks * accumulate, most, world.ranks, accumulate,
+        most * world.ranks * passes, most, world.ranks, passes,
     )  # fmt: skip
-    return replace(
-        config, run=replace(run, batch_size=most, accumulate=accumulate, global_batch=None)
-    ), predicted
+    return replace(config, run=replace(run, batch_size=most, accumulate=passes, global_batch=None)), predicted
 
 
 def share_out(global_batch: int, ranks: int, most: int) -> tuple[int, int]:
@@ -72,10 +71,10 @@ def fit_on_cpu(config: Config, world: World) -> Fit:
     return Fit(images, found.bytes_at(images))
 
 
-def fit_on_gpu(engine: Engine, config: Config, world: World) -> Fit:
-    """By steps of a few images, measured; every rank takes what fits the fullest GPU."""
+def fit_on_gpu(engine: Engine, config: Config, world: World, passes: int) -> Fit:
+    """By passes of a few images, measured, of which a step has `passes`; every rank takes what fits the fullest GPU."""
     device = world.device
-    beside = input_bytes(config, max(np.dtype(name).itemsize for name in engine.statistics.low))
+    beside = input_bytes(config, max(np.dtype(name).itemsize for name in engine.statistics.low), passes)
 
     def measure(images: int) -> float:
         torch.cuda.empty_cache()

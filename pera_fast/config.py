@@ -321,8 +321,8 @@ class RunConfig:
     """When a checkpoint or record cannot be written, e.g. on a full disk: end the run, or say so and try again the
     next time. Earlier checkpoints stay as they are."""
     profile: int = 0
-    """Steps to profile, after two that warm up: profile/trace.json for Chrome's tracing or Perfetto, and
-    profile/ops.txt, the time of each operation (0: none)."""
+    """Steps to profile, once they are all alike, on a GPU recorded: profile/trace.json for Chrome's tracing or
+    Perfetto, and profile/ops.txt, the time of each operation (0: none)."""
     eval_train: str | None = None
     """Folder of class folders whose images are the k-NN neighbours."""
     eval_val: str | None = None

@@ -98,6 +98,7 @@ class Engine:
         can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
         # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
         self._steps_to_record = _WARMUP if can_record and device.type == "cuda" else math.inf
+        self.first_steps = 1 if self._steps_to_record == math.inf else _WARMUP + 1  # unlike all that follow
         data = self.config.data
         self._mean = torch.tensor(data.mean or self.statistics.mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(data.std or self.statistics.std, dtype=torch.float32, device=device)
@@ -116,9 +117,10 @@ class Engine:
         Returns what waits for the device, to be called once, before the next step is started. Meanwhile the host is
         free to `prepare` that one.
 
-        A forward pass that runs out of memory is taken again in smaller ones, on every rank, and so are all after it;
-        the result stays that of the whole batch. The second time, or with one image, or where ranks share out the
-        model, TrainingStopped is raised.
+        Where memory is short beside a recorded step, that is let go of on every rank. Else a forward pass that runs
+        out of memory is taken again in smaller ones, on every rank, and so are all after it; the result stays that of
+        the whole batch. The second time, or with one image, or where ranks share out the model or Sinkhorn's sums,
+        TrainingStopped is raised.
         """
         self._temperature.fill_(values.teacher_temperature)
         self._stop.fill_(stop)
@@ -133,7 +135,7 @@ class Engine:
                     report, failed = self._report(numbers(), len(batches) * self._passes_per_batch)
                     if not failed:
                         return report
-                self._take_smaller_passes(step, len(batches[0]), failed)
+                self._make_room(step, len(batches[0]), failed)
                 numbers = self._launch(step, batches)
 
         return wait
@@ -158,7 +160,9 @@ class Engine:
                 update = partial(self._update, self._sums(self._gradients(inputs)), passes)
         except torch.OutOfMemoryError as error:
             images = len(batches[0]) // self._passes_per_batch
-            if self._passes_per_batch > 1 or images == 1 or self._is_sharded:
+            shares_sums = self._replicas is not None and self.config.optim.centring == "sinkhorn"
+            is_last_try = self._graph is None and (self._passes_per_batch > 1 or images == 1)
+            if is_last_try or self._is_sharded or shares_sums:
                 raise TrainingStopped(
                     f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images "
                     "in a forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all "
@@ -195,17 +199,20 @@ class Engine:
         now.synchronize()
         return self._done.elapsed_time(now) / 1000
 
-    def _take_smaller_passes(self, step: int, images: int, failed: int) -> None:
-        """After a step for which memory was short on `failed` ranks."""
-        self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
+    def _make_room(self, step: int, images: int, failed: int) -> None:
+        """After a step for which memory was short on `failed` ranks: without the graph, else in smaller passes."""
+        if self._graph is not None:
+            how = "beside the recorded step, which is let go of"
+        else:
+            passes = self._passes_per_batch = next(n for n in range(2, images + 1) if images % n == 0)
+            how = (
+                f"with {images} images in a forward pass; taken again with {images // passes} in each of "
+                f"{passes} passes"
+            )
         self.release()
         if self.world.is_first:
             where = f" on {failed} of {self.world.ranks} ranks" if self.world.ranks > 1 else ""
-            _log.warning(
-                "out of memory in step %d%s with %d images in a forward pass; taken again with %d in each of %d "
-                "passes",
-                step + 1, where, images, images // self._passes_per_batch, self._passes_per_batch,
-            )  # fmt: skip
+            _log.warning("out of memory in step %d%s %s", step + 1, where, how)
 
     def release(self) -> None:
         """Let go of a recorded step, of gradients, of what was prepared and of what else the steps before have left."""
@@ -217,9 +224,21 @@ class Engine:
             torch.cuda.empty_cache()
 
     def probe(self, patches: Patches) -> None:
-        """A forward and backward pass that changes nothing, for measuring memory."""
+        """A forward and backward pass that changes nothing, for measuring memory.
+
+        Replicas take no part: one may be short of memory where others go on. Outputs like this one's stand for theirs.
+        """
         self._temperature.fill_(0.04)
-        self._gradients([(patches, self._subsets(0, 0, patches))])
+        inputs, ranks = (patches, self._subsets(0, 0, patches)), self.world.ranks
+        if self._is_sharded:
+            self._gradients([inputs])
+        else:
+            with self._autocast():
+                losses = self.model(
+                    *inputs, self._temperature,
+                    None if ranks == 1 else lambda z: join_whole_batch(z, z.detach().repeat(1, ranks, 1), 0, ranks),
+                )  # fmt: skip
+            losses.total.backward()
         self.optimizer.zero_grad()
 
     def _inputs_prepared(self, step: int, batches: Sequence[Batch]) -> list[Input]:

@@ -75,15 +75,16 @@ def plan(config: Config) -> Plan:
     return Plan(parameters, round(fixed), round(per_image), flop_per_image(config))
 
 
-def input_bytes(config: Config, itemsize: int = 1) -> int:
-    """Bytes of an image on a GPU besides what a pass holds: its pixels, of this batch and of the next, which is
-    copied ahead. Where steps are recorded, and hold on to their memory, those of a third and the next one's patches.
-    itemsize: bytes of a pixel's band."""
+def input_bytes(config: Config, itemsize: int = 1, passes: int = 1) -> int:
+    """Bytes on a GPU of an image in each of a step's passes, besides what one pass holds: its pixels, of this step
+    and of the next, which are copied ahead, and the other passes' patches. Where steps are recorded, and hold on to
+    their memory, the pixels of one batch more, and the patches of the next step. itemsize: bytes of a pixel's band."""
     source = config.model.in_bands * config.data.window_px**2 * itemsize
-    if not config.run.cuda_graph or config.run.shard != "none":
-        return 2 * source
     groups, *rows = synthetic_patches(config, 1, torch.device("meta"))
-    return 3 * source + sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
+    patches = sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
+    if not config.run.cuda_graph or config.run.shard != "none":
+        return 2 * passes * source + (passes - 1) * patches
+    return (2 * passes + 1) * source + (2 * passes - 1) * patches
 
 
 def peak_bytes(config: Config, images: int) -> int:
@@ -225,7 +226,8 @@ def main() -> None:
     config = parse(rest)
     found = plan(config)
     if memory is not None:
-        found = replace(found, bytes_per_image=found.bytes_per_image + input_bytes(config))
+        inputs = input_bytes(config, passes=config.run.accumulate)
+        found = replace(found, bytes_per_image=found.bytes_per_image + inputs)
     facts: dict[str, Any] = asdict(found)
     if memory is not None:
         facts["gpu_memory"] = memory * GB

@@ -130,14 +130,16 @@ class Run:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Record the first steps where --profile asks for it; take note of signals that ask to stop."""
+        """Record early steps where --profile asks for it; take note of signals that ask to stop."""
         steps = self.config.run.profile
         before = {asked: signal.signal(asked, self._note) for asked in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             if not steps or not self.world.is_first:
                 yield
                 return
-            plan = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+            before_those = self.total_steps - self.start_step - steps - 1  # in a run of few steps
+            wait = max(0, min(self.engine.first_steps, before_those))
+            plan = torch.profiler.schedule(wait=wait, warmup=1, active=steps, repeat=1)
             with torch.profiler.profile(schedule=plan, on_trace_ready=self._write_profile) as self._profiler:
                 yield
         finally:

@@ -14,6 +14,7 @@ from conftest import ONE, needs_cuda, run_module, tiny_config
 from test_engine import assert_near, run, state
 from test_train import SMALL, lines
 
+from pera_fast import ops
 from pera_fast.batch import Fit, choose, fit, fit_on_cpu, fit_on_gpu, share_out
 from pera_fast.config import PRESETS, Config, ConfigError
 from pera_fast.data.statistics import Statistics
@@ -90,6 +91,37 @@ def test_auto_with_a_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.run.batch_size, config.run.accumulate, predicted) == (24, 1, 1e9)
 
 
+def test_more_passes_leave_room_for_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the others' patches beside it: 64 images in two passes of 32 would not fit, in four of 16 they do."""
+    asked = []
+
+    def fit_on_gpu(engine: object, config: Config, world: World, passes: int) -> Fit:
+        asked.append(passes)
+        return Fit(40 // passes + 8, 1e9)
+
+    monkeypatch.setattr("pera_fast.batch.fit_on_gpu", fit_on_gpu)
+    on = World(0, 1, torch.device("cuda"))
+    config, _ = choose(None, tiny_config(batch_size="auto", global_batch=64, device="cuda"), on)  # type: ignore[arg-type]
+    assert asked == [1, 2, 4] and (config.run.batch_size, config.run.accumulate) == (16, 4)
+    asked.clear()
+    config, predicted = choose(None, tiny_config(batch_size="auto", accumulate=3, device="cuda"), on)  # type: ignore[arg-type]
+    assert asked == [3] and (config.run.batch_size, config.run.accumulate, predicted) == (21, 3, 1e9)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_what_a_step_holds_beside_a_pass(cuda_graph: bool) -> None:
+    config = tiny_config(cuda_graph=cuda_graph)
+    source = 3 * config.data.window_px**2
+    rows = [x for x in synthetic_patches(config, 1, torch.device("cpu"))[1:]]
+    masks = [x for group in synthetic_patches(config, 1, torch.device("cpu")).groups for x in group]
+    patches = sum(x.nbytes for x in (*rows, *masks))
+    assert input_bytes(config) == (3 * source + patches if cuda_graph else 2 * source)
+    assert input_bytes(config, 2) == input_bytes(config) + (3 if cuda_graph else 2) * source
+    assert (
+        input_bytes(config, passes=4) - input_bytes(config) == 6 * source + (6 if cuda_graph else 3) * patches
+    )
+
+
 def test_fewer_images_are_probed_where_four_do_not_fit() -> None:
     probed = []
 
@@ -159,6 +191,23 @@ def test_a_probe_changes_nothing(image_folder: Path) -> None:
     assert_near(state(probed), state(plain), 0.0)
 
 
+def test_a_probe_asks_nothing_of_other_ranks(image_folder: Path) -> None:
+    """One of them may be short of memory; their outputs' place in KoLeo is taken."""
+    engine, _ = run(image_folder, tiny_config(), 1)
+    engine.world = World(3, 5, torch.device("cpu"))  # without a process group, which any exchange would need
+    seen = []
+    koleo = ops.koleo
+
+    def note(z: torch.Tensor, *weights: torch.Tensor) -> Any:
+        seen.append(list(z.shape[:2]))
+        return koleo(z, *weights)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pera_fast.model.pera.ops.koleo", note)
+        engine.probe(synthetic_patches(engine.config, 3, torch.device("cpu")))
+    assert seen == [[2, 15]] and all(p.grad is None for p in engine.model.parameters())
+
+
 def test_command_with_auto_and_global_batch_then_resumed(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     place = SMALL.index("--batch-size")
@@ -191,7 +240,7 @@ def test_auto_on_a_gpu_foresees_the_peak(monkeypatch: pytest.MonkeyPatch) -> Non
     engine = Engine(config, statistics, World(0, 1, device))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (6 * 10**9, 0))
     limit = 6e9 + torch.cuda.memory_reserved(device)
-    found = fit_on_gpu(engine, config, engine.world)
+    found = fit_on_gpu(engine, config, engine.world, passes=1)
     torch.cuda.reset_peak_memory_stats(device)
     engine.probe(synthetic_patches(config, found.images, device))
     peak = torch.cuda.max_memory_allocated(device)

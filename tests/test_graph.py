@@ -183,6 +183,32 @@ def test_where_recording_fails_steps_go_on(
     ]
 
 
+def test_a_recorded_step_that_leaves_no_room_is_let_go_of(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rather than all passes made smaller, which would last."""
+    config = tiny_config()
+    plain, plain_reports = run(image_folder, config, 4)
+    engine, reports = run(image_folder, config, 2)
+    engine._graph = StepGraph(
+        lambda inputs: torch.zeros(9), engine._inputs(2, _batches(image_folder, config, engine)), record
+    )
+    crop_patches = engine_module.ops.crop_patches
+
+    def short_beside_the_graph(*arguments: Any, **options: Any) -> Any:
+        if engine._graph is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return crop_patches(*arguments, **options)
+
+    monkeypatch.setattr(engine_module.ops, "crop_patches", short_beside_the_graph)
+    caplog.set_level(logging.WARNING, "pera_fast")
+    _, later = run(image_folder, config, 4, start=2, engine=engine)
+    assert engine._passes_per_batch == 1 and engine._graph is None
+    assert caplog.messages == ["out of memory in step 3 beside the recorded step, which is let go of"]
+    assert_near(state(engine), state(plain), 0)
+    assert [r.losses for r in reports + later] == [r.losses for r in plain_reports]
+
+
 def test_only_what_can_be_recorded_is(image_folder: Path) -> None:
     statistics = run(image_folder, tiny_config(), 0)[0].statistics
     for on_cpu in (tiny_config(), tiny_config(cuda_graph=False)):

@@ -31,6 +31,16 @@ def test_koleo_against_a_search_over_pairs() -> None:
         assert float(loss) == pytest.approx(-sum(math.log(d + 1e-8) for d, _ in nearest) / 6, rel=1e-9)
 
 
+def test_many_rows_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 23, 7, generator=random, dtype=torch.float64)
+    gram = torch.eye(7, dtype=torch.float64)
+    wanted = (torch.cdist(x, x) + torch.diag(torch.full((23,), torch.inf))).argmin(2)
+    for pairs in (module._PAIRS, 23 * 5, 23 * 4, 1):  # all rows, five at a time, four, one
+        monkeypatch.setattr(module, "_PAIRS", pairs)
+        assert torch.equal(module._nearest(x, x @ gram), wanted)
+
+
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "torch"]
 
 

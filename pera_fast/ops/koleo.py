@@ -12,6 +12,7 @@ from pera_fast import reference
 from pera_fast.ops import _dispatch, _library, _prototypes
 
 _log = logging.getLogger("pera_fast")
+_PAIRS = 2**25  # of a crop's rows whose distances are held at once
 
 
 def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,16 +109,24 @@ def _gram(
     unit, image = z / norm, y / norm
     with torch.no_grad():
         # About their mean: distances of rows that are all alike are lost in the rounding of 1 - cos.
-        x, mx = unit - unit.mean(1, keepdim=True), image - image.mean(1, keepdim=True)
-        own = torch.linalg.vecdot(x, mx)
-        pairs = own[:, :, None] + own[:, None] - x @ mx.mT - mx @ x.mT
-        pairs.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        neighbour = pairs.argmin(2)
+        neighbour = _nearest(unit - unit.mean(1, keepdim=True), image - image.mean(1, keepdim=True))
     chosen = neighbour[..., None].expand_as(z)
     squared = torch.linalg.vecdot(unit - unit.gather(1, chosen), image - image.gather(1, chosen))
     apart = squared > 0
     distance = torch.where(apart, squared, 1.0).sqrt() * apart  # equal rows: distance 0 and no gradient
     return -torch.log(distance + eps).mean(1), neighbour
+
+
+def _nearest(x: Tensor, image: Tensor) -> Tensor:
+    """For each row of x [crops, n, d] the nearest other one of its crop, int64 [crops, n]; image: x times WᵀW."""
+    own, rows, found = torch.linalg.vecdot(x, image), x.shape[1], []
+    # A part of the rows at a time: with hundreds of ranks all pairs would be more than the rest of the step.
+    for start in range(0, rows, block := max(1, _PAIRS // rows)):
+        part = slice(start, start + block)
+        pairs = own[:, part, None] + own[:, None] - x[:, part] @ image.mT - image[:, part] @ x.mT
+        pairs.diagonal(start, 1, 2).fill_(torch.inf)
+        found.append(pairs.argmin(2))
+    return torch.cat(found, dim=1)
 
 
 if _library.why_no_cpp() is None:

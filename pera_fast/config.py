@@ -323,6 +323,8 @@ class RunConfig:
     profile: int = 0
     """Steps to profile, once they are all alike, on a GPU recorded: profile/trace.json for Chrome's tracing or
     Perfetto, and profile/ops.txt, the time of each operation (0: none)."""
+    report: bool = True
+    """Write report.html at the end; `pera_fast.report` does it later, too."""
     eval_train: str | None = None
     """Folder of class folders whose images are the k-NN neighbours."""
     eval_val: str | None = None

@@ -208,7 +208,7 @@ class Run:
             _log.warning("%s; the run goes on", error)
 
     def finish(self) -> None:
-        """k-NN against the untrained network where there is something to classify, and the report."""
+        """k-NN against the untrained network where there is something to classify, and the report unless it is left out."""
         if not self.world.is_first:
             return
         found = checkpoint.Checkpoint.open(self.out)
@@ -225,6 +225,8 @@ class Run:
                 "k-NN top-1 %.1f %%, untrained network %.1f %%",
                 100 * result["top1"], 100 * result["untrained_top1"],
             )  # fmt: skip
+        if not self.config.run.report:
+            return
         from pera_fast.report import write_report  # with matplotlib and scikit-learn: seconds
 
         images: list[tuple[str, np.ndarray, int | None]] = []
@@ -467,7 +469,7 @@ def _differences(then: Config, now: Config) -> list[tuple[str, str, Any, Any]]:
         (section, name, a[section][name], value)
         for section in b
         for name, value in b[section].items()
-        if a[section][name] != value and name not in ("resume", "max_steps", "out", "workers")
+        if a[section][name] != value and name not in ("resume", "max_steps", "out", "workers", "report")
     ]
 
 

@@ -222,13 +222,13 @@ def test_a_run_may_go_on_without_its_records_until_there_is_room(image_folder: P
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run_module(*command(image_folder, out, "--max-steps", 1)[2:]).returncode == 0
+    assert run_module(*command(image_folder, out, "--max-steps", 1, "--report")[2:]).returncode == 0
     before = (out / "report.html").read_bytes()
     most = max(path.stat().st_size for path in (out / "checkpoints").rglob("*"))
     assert most + 4096 < len(before)
     done = subprocess.run(
-        command(image_folder, out, "--max-steps", 2, "--resume"), env=ENVIRONMENT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most + 4096,) * 2),
+        command(image_folder, out, "--max-steps", 2, "--resume", "--report"), env=ENVIRONMENT,
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most + 4096,) * 2),
     )  # fmt: skip
     assert done.returncode == 2 and last_step(out) == 2
     assert done.stderr.splitlines()[-1] == f"error: cannot write {out}/report.html: File too large"

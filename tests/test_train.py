@@ -28,6 +28,7 @@ SMALL = (
     "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--patch-px", 8, "--global-px", 40, "--local-px", 24,
     "--num-prototypes", 64, "--head-hidden-dim", 32, "--head-bottleneck-dim", 16, "--batch-size", 4,
     "--device", "cpu", "--window-px", 64, "--workers", 1, "--precision", "fp32", "--log-every", 1, "--epochs", 4,
+    "--no-report",
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_run_resume_and_records(image_folder: Path, tmp_path: Path) -> None:
     data = ("--data", image_folder)
     done = run_module("pera_fast.train", *SMALL, *data, "--out", straight, "--max-steps", 6)
     assert done.returncode == 0, done.stderr
-    for extra in ((), ("--resume",)):
+    for extra in ((), ("--resume", "--report")):
         stop = 6 if extra else 3
         done = run_module("pera_fast.train", *SMALL, *data, "--out", halves, "--max-steps", stop, *extra)
         assert done.returncode == 0, done.stderr
@@ -81,7 +82,8 @@ def test_run_resume_and_records(image_folder: Path, tmp_path: Path) -> None:
         ):
             assert name in records[-1]
         assert list((out / "tensorboard").glob("events.*")) and (out / "config.yaml").exists()
-        assert (out / "report.html").stat().st_size > 10_000
+    assert (halves / "report.html").stat().st_size > 10_000
+    assert not (straight / "report.html").exists(), "it was left out"
 
 
 def test_a_second_run_moves_the_first_aside(

@@ -83,10 +83,15 @@ def find_compiler() -> str:
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, else of PATH, else of the toolkit's customary place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        nvcc = Path(home) / "bin/nvcc"
-        return str(nvcc) if nvcc.is_file() else None
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    # A home may hold the libraries alone, as that of a package environment does.
+    own = shutil.which("nvcc", path=Path(home) / "bin") if home else None
+    return own or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def program_of(compiler: str) -> str:
+    """Of CXX's words the compiler itself, which nvcc's -ccbin takes, without a cache before it and options."""
+    words = shlex.split(compiler)
+    return next((word for word in words if Path(word).name not in ("ccache", "sccache", "distcc")), words[0])
 
 
 def toolkit_of(nvcc: str) -> str | None:
@@ -260,7 +265,7 @@ class BuildLibraries(build_ext):
         archs = cuda_archs(nvcc)
         flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-Wall", *gencode(archs)]
         sources = [source for source in extension.sources if source.endswith(".cu")]
-        jobs, names = self.objects(sources, [nvcc, "-ccbin", shlex.split(compiler)[0], *flags], "cuda")
+        jobs, names = self.objects(sources, [nvcc, "-ccbin", program_of(compiler), *flags], "cuda")
         bindings = [source for source in extension.sources if source.endswith(".cpp")]
         more, more_names = self.objects(
             bindings, [*shlex.split(compiler), *self.cpu_flags(), *self.common], "cuda"
@@ -268,7 +273,7 @@ class BuildLibraries(build_ext):
         compile_all(jobs + more)
         # The static runtime: torch brings its own shared one, perhaps of another minor version.
         libraries = ["-cudart=static", *self.torch_libraries]
-        self.link(extension, [nvcc, "-ccbin", shlex.split(compiler)[0], "-shared", *names, *more_names,
+        self.link(extension, [nvcc, "-ccbin", program_of(compiler), "-shared", *names, *more_names,
                               *libraries], through="-Xlinker=")  # fmt: skip
         version = re.search(r"release [\d.]+, V([\d.]+)", output_of(nvcc, "--version"))
         return {

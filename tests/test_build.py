@@ -112,6 +112,24 @@ def test_info_for_people():
     assert "compiler_version" in text
 
 
+def test_nvcc_and_its_host_compiler_are_found(tmp_path, monkeypatch):
+    for name in ("home/bin", "path"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "path/nvcc").touch(mode=0o755)
+    functions = setup_functions(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert functions.find_nvcc() == str(tmp_path / "path/nvcc"), "a home without one"
+    (tmp_path / "home/bin/nvcc").touch(mode=0o755)
+    assert functions.find_nvcc() == str(tmp_path / "home/bin/nvcc")
+    for compiler, program in (
+        ("g++", "g++"),
+        ("ccache /usr/bin/g++ -m64", "/usr/bin/g++"),
+        ("clang++ -v", "clang++"),
+    ):
+        assert functions.program_of(compiler) == program
+
+
 @pytest.mark.parametrize(
     "files, is_nvidia, note",
     [

@@ -7,6 +7,7 @@ namespace pera_fast {
 namespace {
 
 constexpr unsigned kThreads = 256;
+constexpr unsigned kNormThreads = 1024;  // of the one block that adds what the others have found
 
 using GradTable = TensorTable<GradTensor>;
 
@@ -14,7 +15,7 @@ using GradTable = TensorTable<GradTensor>;
 template <class Number>
 __device__ __forceinline__ Number block_sum(Number sum, Number* room) {
   room[threadIdx.x] = sum;
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) room[threadIdx.x] += room[threadIdx.x + half];
   }
@@ -45,11 +46,11 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const GradTable table
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) norm_kernel(
+__global__ void __launch_bounds__(kNormThreads) norm_kernel(
     const float* __restrict__ partial, int64_t count, float* __restrict__ norm) {
   PERA_FAST_DYNAMIC_SHARED(double, room);
   double own = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) own += static_cast<double>(partial[i]);
+  for (int64_t i = threadIdx.x; i < count; i += kNormThreads) own += static_cast<double>(partial[i]);
   const double sum = block_sum(own, room);
   if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
 }
@@ -71,7 +72,7 @@ int launch_grad_norm(const std::vector<GradTensor>& tensors, float* partial, flo
     (table, partial + chunks);
     chunks += table.chunks();
   }
-  PERA_FAST_LAUNCH(norm_kernel, 1, kThreads, kThreads * sizeof(double), static_cast<cudaStream_t>(stream))
+  PERA_FAST_LAUNCH(norm_kernel, 1, kNormThreads, kNormThreads * sizeof(double), static_cast<cudaStream_t>(stream))
   (partial, chunks, norm);
   return cudaGetLastError();
 }

@@ -15,7 +15,16 @@ import torch
 from pera_fast.config import Config, ConfigError
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
-from pera_fast.plan import GB, MARGIN, input_bytes, largest_batch, line_through, plan, synthetic_patches
+from pera_fast.plan import (
+    GB,
+    MARGIN,
+    MULTIPLE,
+    input_bytes,
+    largest_batch,
+    line_through,
+    plan,
+    synthetic_patches,
+)
 
 _log = logging.getLogger("pera_fast")
 _MOST_ON_CPU = 64
@@ -107,11 +116,16 @@ def fit(measure: Callable[[int], float], limit_bytes: float) -> Fit:
         )
     first = largest_batch(*line_through(sizes, peaks), limit_bytes)
     # Half way: what grows in jumps (kept logits, libraries' workspaces) has grown by then.
-    if (half := first // 16 * 8) > sizes[-1]:
-        sizes.append(half)
-        peaks.append(measure(half))
+    half, too_many = first // 16 * 8, math.inf
+    while half > sizes[1]:
+        if (peak := measure(half)) < math.inf:
+            sizes.append(half)
+            peaks.append(peak)
+            break
+        # Somebody else has taken memory, or it grows faster than the small ones tell.
+        half, too_many = half // 16 * 8, half
     line = line_through(sizes[-2:], peaks[-2:])
-    images = largest_batch(*line, limit_bytes)
+    images = int(min(largest_batch(*line, limit_bytes), too_many - MULTIPLE))
     _enough(images, sum(line), limit_bytes)
     predicted = line[0] + images * line[1]
     _log.info(

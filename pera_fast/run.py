@@ -208,7 +208,7 @@ class Run:
             _log.warning("%s; the run goes on", error)
 
     def finish(self) -> None:
-        """k-NN against the untrained network where there is something to classify, and the report unless it is left out."""
+        """k-NN against the untrained network where there is something to classify, and the report if it is wanted."""
         if not self.world.is_first:
             return
         found = checkpoint.Checkpoint.open(self.out)

@@ -62,6 +62,18 @@ def test_the_largest_batch_lies_on_the_line_through_the_probes() -> None:
     assert found.images % 8 == 0 and 0.95 * most < measure(found.images) <= found.predicted_bytes <= most
 
 
+def test_a_larger_probe_that_does_not_fit_is_followed_by_a_smaller() -> None:
+    asked = []
+
+    def measure(images: int) -> float:
+        asked.append(images)
+        return 1e9 + images * 50e6 if images <= 60 else math.inf
+
+    found = fit(measure, 24e9)
+    assert asked == [4, 8, 208, 104, 48] and found.images == 96, "fewer than did not fit"
+    assert found.predicted_bytes == pytest.approx(1e9 + 96 * 50e6)
+
+
 def test_few_images_and_none() -> None:
     assert fit(lambda images: 1e9 * (10 + images), 17e9).images == 5
     with pytest.raises(ConfigError, match="batch_size: expected memory for one image, 11.70 GB, got 9.00 GB"):

@@ -228,7 +228,8 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(image_folder: Pat
     assert most + 4096 < len(before)
     done = subprocess.run(
         command(image_folder, out, "--max-steps", 2, "--resume", "--report"), env=ENVIRONMENT,
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most + 4096,) * 2),
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most + 4096,) * 2),
     )  # fmt: skip
     assert done.returncode == 2 and last_step(out) == 2
     assert done.stderr.splitlines()[-1] == f"error: cannot write {out}/report.html: File too large"

@@ -5,6 +5,8 @@
 
 namespace pera_fast {
 
+constexpr int64_t kGramBlock = 64;  // prototypes that stay in cache
+
 struct GramProblem {
   int64_t prototypes, dim, rows, stride;  // stride: rows rounded up to 16
   const float *v, *g;                     // [prototypes, dim], [prototypes]
@@ -13,6 +15,7 @@ struct GramProblem {
   const float* right;
   bool by_rows;
   float *dv, *dg;  // [prototypes, dim], [prototypes]; null in the forward pass
+  bool adds;       // to dv and dg, rather than writing them
 };
 
 }  // namespace pera_fast

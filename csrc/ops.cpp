@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pera_fast, m) {
   m.def("distill_finish(Tensor product, Tensor v, Tensor along, Tensor(a!) gradient) -> ()");
   m.def("gram_forward(Tensor v, Tensor g, Tensor columns, Tensor(a!) product) -> ()");
   m.def(
-      "gram_backward(Tensor v, Tensor g, Tensor columns, Tensor right, bool by_rows, Tensor(a!) dz, Tensor(b!) dv, "
+      "gram_backward(Tensor v, Tensor g, Tensor columns, Tensor right, bool by_rows, bool adds, Tensor(a!) dz, Tensor(b!) dv, "
       "Tensor(c!) dg) -> ()");
   m.def(
       "attention_forward(Tensor qkv, Tensor starts, float scale, Tensor(a!) out, Tensor(b!) softmax) -> ()");

@@ -22,7 +22,7 @@ from pera_fast.plan import (
     input_bytes,
     largest_batch,
     line_through,
-    plan,
+    plan_for,
     synthetic_patches,
 )
 
@@ -74,7 +74,8 @@ def share_out(global_batch: int, ranks: int, most: int) -> tuple[int, int]:
 def fit_on_cpu(config: Config, world: World) -> Fit:
     """By the plan and the memory that is free, shared by this machine's ranks; at most 64 images, equal on all."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found, available = plan(config), _least(world, _available_bytes() / local_ranks)
+    available = _least(world, _available_bytes() / local_ranks)
+    found = plan_for(config, available, _MOST_ON_CPU)
     images = min(found.largest_batch(available), _MOST_ON_CPU)
     _enough(images, found.bytes_at(1), available)
     return Fit(images, found.bytes_at(images))

@@ -11,7 +11,8 @@ import json
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from pera_fast import _cli
 from pera_fast.config import Config, ConfigError
 from pera_fast.model.pera import CropGroup, Patches, PerA, draw_subsets
 from pera_fast.model.shadow import give_shadows, shadows_of
+from pera_fast.ops.distill_loss import KEPT_BYTES
+from pera_fast.ops.linear import plain
 from pera_fast.optim import make
 
 GB = 10**9
@@ -65,11 +68,21 @@ def line_through(images: Sequence[int], peaks: Sequence[float]) -> tuple[float, 
     return mean_y - slope * mean_x, slope
 
 
-def plan(config: Config) -> Plan:
+def plan_for(config: Config, memory_bytes: float, most: int = 2**16, on_gpu: bool = False) -> Plan:
+    """`plan` near the largest batch that fits, or `most`: in small steps another moment may be that of the peak."""
+    found = plan(config, on_gpu)
+    images = min(most, found.largest_batch(memory_bytes))
+    return plan(config, on_gpu, (images // 2, images)) if images > 16 else found
+
+
+def plan(config: Config, on_gpu: bool = False, sizes: tuple[int, int] = (8, 16)) -> Plan:
     """Run steps without contents at two batch sizes; the rest is a straight line."""
-    small, large = 8, 16
-    peaks = [peak_bytes(config, images) for images in (small, large)]
-    fixed, per_image = line_through((small, large), peaks)
+    with plain() if on_gpu else nullcontext():
+        peaks = [peak_bytes(config, images) for images in sizes]
+    fixed, per_image = line_through(sizes, peaks)
+    if on_gpu:  # besides what waits there, more logits are kept
+        fixed += KEPT_BYTES["cuda"] - KEPT_BYTES["cpu"]
+        per_image += input_bytes(config, passes=config.run.accumulate)
     with torch.device("meta"):
         parameters = sum(p.numel() for _, p, _ in PerA(config).ema_pairs())
     return Plan(parameters, round(fixed), round(per_image), flop_per_image(config))
@@ -224,10 +237,7 @@ def main() -> None:
         print(__doc__)  # before the options of pera_fast.train
     memory, as_json, rest = _options(sys.argv[1:])
     config = parse(rest)
-    found = plan(config)
-    if memory is not None:
-        inputs = input_bytes(config, passes=config.run.accumulate)
-        found = replace(found, bytes_per_image=found.bytes_per_image + inputs)
+    found = plan(config) if memory is None else plan_for(config, memory * GB, on_gpu=True)
     facts: dict[str, Any] = asdict(found)
     if memory is not None:
         facts["gpu_memory"] = memory * GB

@@ -208,14 +208,14 @@ def test_a_probe_asks_nothing_of_other_ranks(image_folder: Path) -> None:
     engine, _ = run(image_folder, tiny_config(), 1)
     engine.world = World(3, 5, torch.device("cpu"))  # without a process group, which any exchange would need
     seen = []
-    koleo = ops.koleo
+    koleo = ops.koleo_and_prototypes
 
     def note(z: torch.Tensor, *weights: torch.Tensor) -> Any:
         seen.append(list(z.shape[:2]))
         return koleo(z, *weights)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pera_fast.model.pera.ops.koleo", note)
+        patch.setattr("pera_fast.model.pera.ops.koleo_and_prototypes", note)
         engine.probe(synthetic_patches(engine.config, 3, torch.device("cpu")))
     assert seen == [[2, 15]] and all(p.grad is None for p in engine.model.parameters())
 

@@ -155,7 +155,7 @@ def test_chunks_change_nothing_but_the_memory(kept_bytes: int, monkeypatch: pyte
         return [loss, *torch.autograd.grad(loss @ torch.tensor([0.3, 2.0]), leaves)]
 
     whole = run()
-    monkeypatch.setitem(module._KEPT_BYTES, "cpu", kept_bytes)
+    monkeypatch.setitem(module.KEPT_BYTES, "cpu", kept_bytes)
     kept, _ = module._kept_shape(p["z_student"], 2000, torch.float32)
     assert kept == {0: 0, 2**30: 2000}.get(kept_bytes, 384)
     for got, again, want in zip(run(), run(), whole, strict=True):
@@ -253,7 +253,9 @@ def test_opcheck_of_the_chunk_ops() -> None:
     gram = (v, torch.ones(30, 1), torch.randn(21, 16))
     torch.library.opcheck(torch.ops.pera_fast.gram_forward.default, (*gram, torch.empty(6, 21)))
     gradients = (torch.empty(3, 21), torch.empty(30, 21), torch.empty(30, 1))
-    torch.library.opcheck(torch.ops.pera_fast.gram_backward.default, (*gram, v[:6].clone(), True, *gradients))
+    for adds in (False, True):
+        arguments = (*gram, v[:6].clone(), True, adds, *gradients)
+        torch.library.opcheck(torch.ops.pera_fast.gram_backward.default, arguments)
 
 
 @needs_cpp

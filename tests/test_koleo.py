@@ -41,6 +41,35 @@ def test_many_rows_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(module._nearest(x, x @ gram), wanted)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize("rows", [1, 6, 30])
+def test_gradients_of_what_is_made_of_the_prototypes_are_added_to(
+    backend: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the buffer they come in, whoever made it; without any, KoLeo's are written."""
+    if backend == "cpp" and _library.why_no_cpp() is not None:
+        pytest.skip(f"cpp: {_library.why_no_cpp()}")
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
+    random = torch.Generator().manual_seed(3)
+    leaves = [
+        torch.randn(shape, generator=random).requires_grad_() for shape in ((2, rows, 8), (150, 8), (150, 1))
+    ]
+
+    def gradients(of_v: float, of_g: float, of_koleo: float, through: bool) -> list[torch.Tensor]:
+        z, v, g = leaves
+        losses, neighbours, *same = ops.koleo_and_prototypes(z, v, g)
+        used = same if through else (v, g)
+        rest = of_v * used[0].square().sum() + of_g * used[1].exp().sum() + z.square().sum()
+        total = rest + of_koleo * losses.sum() if of_koleo else rest
+        return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+
+    for case in ((1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.5, 2.0, 0.0)):
+        for got, want in zip(gradients(*case, True), gradients(*case, False), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    _, _, v, _ = ops.koleo_and_prototypes(*leaves)  # of v alone
+    assert torch.equal(torch.autograd.grad(v.sum(), leaves[1])[0], torch.ones(150, 8))
+
+
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "torch"]
 
 

@@ -96,7 +96,7 @@ def disturbed(
     with (
         patch.object(Engine, "patches", short.before("patches", Engine.patches)),
         patch.object(World, "gather", short.before("gather", World.gather)),
-        patch.object(ops, "koleo", short.before("forward", ops.koleo)),
+        patch.object(ops, "koleo_and_prototypes", short.before("forward", ops.koleo_and_prototypes)),
         patch.object(Engine, "start", short.start(Engine.start)),
     ):
         _, reports = run(folder, config, 3, engine=engine, on=on)

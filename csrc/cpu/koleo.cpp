@@ -48,7 +48,8 @@ void run(const GramProblem& p, int64_t first, int64_t rows, float* sum) {
   for (int64_t start = 0; start < p.prototypes; start += chunk) {
     const int64_t stop = std::min(p.prototypes, start + chunk);
     torch::stable::parallel_for(start, stop, 256, [&](int64_t begin, int64_t end) {
-      block_kernel(p, start, begin, end, h.get());
+      const std::unique_ptr<float[]> room(p.adds ? new float[static_cast<size_t>(kGramBlock * p.dim)] : nullptr);
+      block_kernel(p, start, begin, end, h.get(), room.get());
     });
     for_each_tile(rows, p.dim, [&](int64_t row, int64_t column, int64_t height, int64_t width) {
       rows_kernel(
@@ -67,13 +68,14 @@ void gram_forward(const Tensor& v, const Tensor& g, const Tensor& columns, Tenso
 }
 
 void gram_backward(
-    const Tensor& v, const Tensor& g, const Tensor& columns, const Tensor& right, bool by_rows, Tensor dz,
+    const Tensor& v, const Tensor& g, const Tensor& columns, const Tensor& right, bool by_rows, bool adds, Tensor dz,
     Tensor dv, Tensor dg) {
   GramProblem p = problem_of(v, g, columns);
   const int64_t half = dz.size(0);
   p.rows = 2 * half;
   STD_TORCH_CHECK(p.rows <= p.stride, "dz: expected no more than half of the rows that columns has");
   p.by_rows = by_rows;
+  p.adds = adds;
   p.right = floats(right, "right", (by_rows ? p.rows : p.dim) * p.dim);
   floats(dz, "dz", half * p.dim);
   floats(dv, "dv", p.prototypes * p.dim);

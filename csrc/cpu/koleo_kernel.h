@@ -3,18 +3,17 @@
 #include "product.h"
 
 // For prototypes begin … end - 1 of the chunk that starts at `start`: h [chunk, stride], the rows' products with
-// each prototype times (g / |v|)^2, and dv and dg where asked for.
-void gram_block(const GramProblem& p, int64_t start, int64_t begin, int64_t end, float* h) {
-  constexpr int64_t kBlock = 64;  // prototypes that stay in cache
-  for (int64_t k = begin; k < end; k += kBlock) {
-    const int64_t n = end - k < kBlock ? end - k : kBlock;
+// each prototype times (g / |v|)^2, and dv and dg where asked for. room [kGramBlock, dim], where they are added to.
+void gram_block(const GramProblem& p, int64_t start, int64_t begin, int64_t end, float* h, float* room) {
+  for (int64_t k = begin; k < end; k += kGramBlock) {
+    const int64_t n = end - k < kGramBlock ? end - k : kGramBlock;
     const float* const v = p.v + k * p.dim;
     float* const raw = h + (k - start) * p.stride;
-    float norm[kBlock];
+    float norm[kGramBlock];
     row_norms(v, n, p.dim, norm);
     product<false>(v, p.columns, raw, {p.dim, 1, p.stride, p.stride}, n, p.stride, p.dim, false);
     if (p.dv != nullptr) {
-      float* const dv = p.dv + k * p.dim;
+      float *const sum = p.dv + k * p.dim, *const dv = p.adds ? room : sum;
       if (p.by_rows) product<false>(raw, p.right, dv, {p.stride, 1, p.dim, p.dim}, n, p.dim, p.rows, false);
       else product<false>(v, p.right, dv, {p.dim, 1, p.dim, p.dim}, n, p.dim, p.dim, false);
       for (int64_t i = 0; i < n; ++i) {
@@ -26,9 +25,11 @@ void gram_block(const GramProblem& p, int64_t start, int64_t begin, int64_t end,
         for (int64_t j = 0; j < p.dim; ++j) along += static_cast<double>(out[j]) * row[j];
         const float scale = p.g[k + i] / norm[i];
         const float share = static_cast<float>(along / (static_cast<double>(norm[i]) * norm[i]));
-        p.dg[k + i] = scale * share * norm[i];
+        const float of_scale = scale * share * norm[i];
+        p.dg[k + i] = p.adds ? p.dg[k + i] + of_scale : of_scale;
 #pragma omp simd
         for (int64_t j = 0; j < p.dim; ++j) out[j] = scale * scale * (out[j] - share * row[j]);
+        for (int64_t j = 0; p.adds && j < p.dim; ++j) sum[i * p.dim + j] += out[j];
       }
     }
     for (int64_t i = 0; i < n; ++i) {

@@ -184,13 +184,15 @@ class PerA(nn.Module):
         sharp, centre = z_teacher / teacher_temperature, self.centre / teacher_temperature
         if optim.centring == "sinkhorn":
             centre = ops.sinkhorn_centre(sharp, *self.teacher.prototypes(), 1.0, optim.sinkhorn_iterations)
+        z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
+        koleo, neighbours, v, g = ops.koleo_and_prototypes(
+            z_global if whole_batch is None else whole_batch(z_global), v, g
+        )
         distill = ops.distill_loss(
             z_student, sharp, (v, g), self.teacher.prototypes(), centre, optim.student_temperature, 1.0,
             [batch] * (len(z_student) // batch),
         )  # fmt: skip
 
-        z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
-        koleo, neighbours = ops.koleo(z_global if whole_batch is None else whole_batch(z_global), v, g)
         error = predicted.to(distill.dtype) - patches.target_pixels.flatten(0, 1)
         pixel = error.square().sum(-1).mean()
         total = distill.mean() + optim.koleo_weight * koleo.sum() + optim.pixel_weight * pixel

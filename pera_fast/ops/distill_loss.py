@@ -17,7 +17,7 @@ from pera_fast.ops import _dispatch, _library, _prototypes
 
 # Logits that fit into this are kept for the backward pass; those of the other prototypes are made again. On a GPU
 # 131072 prototypes and 1000 rows fit in bfloat16.
-_KEPT_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+KEPT_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
 def distill_loss(
@@ -182,7 +182,7 @@ def _is_whole(z: Tensor, dtype: torch.dtype) -> bool:
 def _kept_shape(z: Tensor, prototypes: int, dtype: torch.dtype) -> tuple[int, int]:
     """Of the kept raw logits, those of the first prototypes: whole chunks, or blocks of the C++ kernels."""
     rows = len(z) + (_prototypes.padding(len(z)) if _is_whole(z, dtype) else 0)
-    fitting = _KEPT_BYTES[z.device.type] // (2 * rows * dtype.itemsize)
+    fitting = KEPT_BYTES[z.device.type] // (2 * rows * dtype.itemsize)
     if fitting >= prototypes:
         return prototypes, rows
     first = _prototypes.chunks_of(prototypes, rows, dtype, z.device.type)[0].stop

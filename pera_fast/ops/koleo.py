@@ -28,6 +28,14 @@ def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     Returns (losses [crops] in float32 or better, nearest neighbour of each row int64 [crops, n]); below two
     rows the losses are 0, and a warning says so once. Raises ValueError when the shapes do not fit.
     """
+    return koleo_and_prototypes(z, v, g)[:2]
+
+
+def koleo_and_prototypes(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`koleo`, and v and g again: the gradients of what is made of these come first, and KoLeo's are added in place.
+
+    A gradient of v is as large as all prototypes; the sum of two takes a third, or one of them twice.
+    """
     if z.dim() != 3 or z.shape[0] < 1 or z.shape[1] < 1:
         raise ValueError(f"z: expected shape [crops, n, d] with at least one row, got {list(z.shape)}")
     _prototypes.check("v, g", (v, g), z[0])
@@ -38,7 +46,7 @@ def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(device, enabled=False):
         z = _prototypes.at_least_float32(z)
         if _dispatch.resolve("koleo", device).backend == "reference":
-            return reference.koleo(z, v, g)
+            return *reference.koleo(z, v, g), v, g
         return _gram(z, v, g, in_bfloat16 and device == "cuda")
 
 
@@ -48,7 +56,7 @@ def _warn_of_one_row() -> None:
 
 
 class _GramTimes(torch.autograd.Function):
-    """WᵀW z for rows of z [m, d], W = g v/‖v‖ [K, d], without W as a whole.
+    """WᵀW z for rows of z [m, d], W = g v/‖v‖ [K, d], without W as a whole; and v and g as they are.
 
     In C++ by the rows' logits, block by block: few rows are less work than WᵀW. Elsewhere by WᵀW itself, whatever the
     rows, which a GPU is quick at.
@@ -57,29 +65,35 @@ class _GramTimes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, v, g, in_bfloat16):  # type: ignore[no-untyped-def]
         ctx.in_bfloat16 = in_bfloat16
+        ctx.set_materialize_grads(False)
         if _is_cpp(z):
             ctx.save_for_backward(z, v, g)
             product = torch.empty_like(z)
             torch.ops.pera_fast.gram_forward(v, g, _prototypes.columns(z), product)
-            return product
+            return product, v, g
         gram = z.new_zeros(z.shape[1], z.shape[1])
         for _, w in _prototypes.weights(v, g, z.shape[1]):
             w = w.bfloat16() if in_bfloat16 else w
             gram += _prototypes.product(w.T, w)
         ctx.save_for_backward(z, v, g, gram)
-        return z @ gram
+        return z @ gram, v, g
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient, dv, dg):  # type: ignore[no-untyped-def]
+        if gradient is None:
+            return None, dv, dg, None
         z, v, g, *gram = ctx.saved_tensors
         gradient = gradient.contiguous()
+        adds = dv is not None and dg is not None
         both, swapped = torch.cat((z, gradient)), torch.cat((gradient, z))
-        dv, dg = torch.empty_like(v), torch.empty_like(g)
+        dv, dg = (dv.contiguous(), dg.contiguous()) if adds else (torch.empty_like(v), torch.empty_like(g))
         if _is_cpp(z):
             # dW = W (zᵀ gradient + gradientᵀ z): by the rows' logits while they are fewer than the columns of W.
             by_rows, dz = len(both) < z.shape[1], torch.zeros_like(z)
             swapped = swapped if by_rows else both.T @ swapped
-            torch.ops.pera_fast.gram_backward(v, g, _prototypes.columns(both), swapped, by_rows, dz, dv, dg)
+            torch.ops.pera_fast.gram_backward(
+                v, g, _prototypes.columns(both), swapped, by_rows, adds, dz, dv, dg
+            )
             return dz, dv, dg, None
         mixed = both.T @ swapped
         operand = mixed.bfloat16() if ctx.in_bfloat16 else mixed
@@ -89,8 +103,13 @@ class _GramTimes(torch.autograd.Function):
             slope = _prototypes.product(part.to(operand.dtype), operand)
             norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             factor, along = g[chunk] / norm, torch.linalg.vecdot(slope, part)[:, None]
-            dg[chunk] = along * factor / norm
-            torch.mul(slope.addcmul_(part, along / norm.square(), value=-1), factor.square(), out=dv[chunk])
+            of_g, of_v = along * factor / norm, slope.addcmul_(part, along / norm.square(), value=-1)
+            if adds:
+                dg[chunk] += of_g
+                dv[chunk].addcmul_(of_v, factor.square())
+            else:
+                dg[chunk] = of_g
+                torch.mul(of_v, factor.square(), out=dv[chunk])
         return gradient @ gram[0], dv, dg, None
 
 
@@ -100,10 +119,11 @@ def _is_cpp(z: Tensor) -> bool:
 
 def _gram(
     z: Tensor, v: Tensor, g: Tensor, in_bfloat16: bool = False, eps: float = 1e-8
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.dtype == torch.float64 or z.shape[1] < 2:
-        return reference.koleo(z, v, g, eps)
-    y = _GramTimes.apply(z.flatten(0, 1), v.float(), g.float(), in_bfloat16).view_as(z)
+        return *reference.koleo(z, v, g, eps), v, g
+    y, v, g = _GramTimes.apply(z.flatten(0, 1), v.float(), g.float(), in_bfloat16)
+    y = y.view_as(z)
     # In the metric of the logits: the norm of z_i is √(z_i · y_i), the similarity z_i · y_j.
     norm = torch.linalg.vecdot(z, y).clamp(min=1e-30).sqrt()[..., None]
     unit, image = z / norm, y / norm
@@ -114,7 +134,7 @@ def _gram(
     squared = torch.linalg.vecdot(unit - unit.gather(1, chosen), image - image.gather(1, chosen))
     apart = squared > 0
     distance = torch.where(apart, squared, 1.0).sqrt() * apart  # equal rows: distance 0 and no gradient
-    return -torch.log(distance + eps).mean(1), neighbour
+    return -torch.log(distance + eps).mean(1), neighbour, v, g
 
 
 def _nearest(x: Tensor, image: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +32,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _dispatch.function("linear", x.device.type)(x, weight, bias)
 
 
+_is_plain = False
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """F.linear alone, as on a GPU, to foresee its memory here: this processor may need wider operands."""
+    global _is_plain
+    before, _is_plain = _is_plain, True
+    try:
+        yield
+    finally:
+        _is_plain = before
+
+
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on = x.device.type
-    if on != "cpu" or 0 in (x.numel(), weight.numel()) or torch.float64 in (x.dtype, weight.dtype):
+    if (
+        _is_plain
+        or on != "cpu"
+        or 0 in (x.numel(), weight.numel())
+        or torch.float64 in (x.dtype, weight.dtype)
+    ):
         return F.linear(x, weight, bias)
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
     of_one_dtype = dtype == torch.bfloat16 or dtype == x.dtype == weight.dtype == torch.float32

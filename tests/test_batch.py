@@ -14,12 +14,12 @@ from conftest import ONE, needs_cuda, run_module, tiny_config
 from test_engine import assert_near, run, state
 from test_train import SMALL, lines
 
-from pera_fast import ops
 from pera_fast.batch import Fit, choose, fit, fit_on_cpu, fit_on_gpu, share_out
 from pera_fast.config import PRESETS, Config, ConfigError
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.engine import Engine, TrainingStopped
+from pera_fast.model import pera
 from pera_fast.model.pera import PerA
 from pera_fast.plan import MARGIN, input_bytes, synthetic_patches
 
@@ -208,14 +208,14 @@ def test_a_probe_asks_nothing_of_other_ranks(image_folder: Path) -> None:
     engine, _ = run(image_folder, tiny_config(), 1)
     engine.world = World(3, 5, torch.device("cpu"))  # without a process group, which any exchange would need
     seen = []
-    koleo = ops.koleo_and_prototypes
+    koleo = pera.koleo_and_prototypes
 
     def note(z: torch.Tensor, *weights: torch.Tensor) -> Any:
         seen.append(list(z.shape[:2]))
         return koleo(z, *weights)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pera_fast.model.pera.ops.koleo_and_prototypes", note)
+        patch.setattr(pera, "koleo_and_prototypes", note)
         engine.probe(synthetic_patches(engine.config, 3, torch.device("cpu")))
     assert seen == [[2, 15]] and all(p.grad is None for p in engine.model.parameters())
 

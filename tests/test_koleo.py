@@ -55,18 +55,22 @@ def test_gradients_of_what_is_made_of_the_prototypes_are_added_to(
         torch.randn(shape, generator=random).requires_grad_() for shape in ((2, rows, 8), (150, 8), (150, 1))
     ]
 
-    def gradients(of_v: float, of_g: float, of_koleo: float, through: bool) -> list[torch.Tensor]:
+    def gradients(
+        of_v: float | None, of_g: float | None, of_koleo: float, through: bool
+    ) -> list[torch.Tensor]:
         z, v, g = leaves
-        losses, neighbours, *same = ops.koleo_and_prototypes(z, v, g)
+        losses, neighbours, *same = module.koleo_and_prototypes(z, v, g)
         used = same if through else (v, g)
-        rest = of_v * used[0].square().sum() + of_g * used[1].exp().sum() + z.square().sum()
+        rest = z.square().sum()
+        for share, x in ((of_v, used[0]), (of_g, used[1])):
+            rest = rest if share is None else rest + share * x.square().sum()
         total = rest + of_koleo * losses.sum() if of_koleo else rest
         return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
 
-    for case in ((1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.5, 2.0, 0.0)):
+    for case in ((1.0, 1.0, 1.0), (1.0, None, 1.0), (None, 2.0, 1.0), (0.5, 2.0, 0.0), (None, None, 1.0)):
         for got, want in zip(gradients(*case, True), gradients(*case, False), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    _, _, v, _ = ops.koleo_and_prototypes(*leaves)  # of v alone
+    _, _, v, _ = module.koleo_and_prototypes(*leaves)  # of v alone
     assert torch.equal(torch.autograd.grad(v.sum(), leaves[1])[0], torch.ones(150, 8))
 
 

@@ -101,7 +101,7 @@ def test_work_is_what_the_operations_add_up_to(
     model, patches = PerA(config), synthetic_patches(config, images, CPU)
     subsets = draw_subsets(patches.groups, drop_path, config.model.depth)
     monkeypatch.setattr(
-        "pera_fast.ops.koleo_and_prototypes",
+        "pera_fast.model.pera.koleo_and_prototypes",
         lambda z, v, g: (z.new_zeros(2), torch.zeros(2, dtype=torch.int64), v, g),
     )
     with FlopCounterMode(display=False) as counter:

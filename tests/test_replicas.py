@@ -18,10 +18,10 @@ from test_engine import assert_near, run, state
 from torch import Tensor
 
 from pera_fast import engine as engine_module
-from pera_fast import ops
 from pera_fast.config import Config
 from pera_fast.distributed import World, world
 from pera_fast.engine import Engine, TrainingStopped
+from pera_fast.model import pera
 
 PLACES = ("patches", "gather", "last gather", "forward", "backward", "end of backward")
 
@@ -96,7 +96,7 @@ def disturbed(
     with (
         patch.object(Engine, "patches", short.before("patches", Engine.patches)),
         patch.object(World, "gather", short.before("gather", World.gather)),
-        patch.object(ops, "koleo_and_prototypes", short.before("forward", ops.koleo_and_prototypes)),
+        patch.object(pera, "koleo_and_prototypes", short.before("forward", pera.koleo_and_prototypes)),
         patch.object(Engine, "start", short.start(Engine.start)),
     ):
         _, reports = run(folder, config, 3, engine=engine, on=on)

@@ -13,6 +13,7 @@ from pera_fast import ops
 from pera_fast.config import Config
 from pera_fast.model.shard import by_rows
 from pera_fast.model.vit import Groups, Head, Subset, VisionTransformer, resample_positions
+from pera_fast.ops.koleo import koleo_and_prototypes
 
 
 class CropGroup(NamedTuple):
@@ -185,7 +186,7 @@ class PerA(nn.Module):
         if optim.centring == "sinkhorn":
             centre = ops.sinkhorn_centre(sharp, *self.teacher.prototypes(), 1.0, optim.sinkhorn_iterations)
         z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
-        koleo, neighbours, v, g = ops.koleo_and_prototypes(
+        koleo, neighbours, v, g = koleo_and_prototypes(
             z_global if whole_batch is None else whole_batch(z_global), v, g
         )
         distill = ops.distill_loss(

@@ -7,7 +7,7 @@ from pera_fast.ops.disjoint_masks import disjoint_masks
 from pera_fast.ops.distill_loss import distill_loss, mean_prototype_logit, sinkhorn_centre
 from pera_fast.ops.ema_update import ema_update
 from pera_fast.ops.grad_norm import grad_norm
-from pera_fast.ops.koleo import koleo, koleo_and_prototypes
+from pera_fast.ops.koleo import koleo
 from pera_fast.ops.linear import linear
 from pera_fast.ops.packed_attention import packed_attention
 from pera_fast.ops.patch_embed import patch_embed
@@ -24,7 +24,6 @@ __all__ = [
     "ema_update",
     "grad_norm",
     "koleo",
-    "koleo_and_prototypes",
     "linear",
     "mean_prototype_logit",
     "pack_images",

@@ -32,9 +32,10 @@ def koleo(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def koleo_and_prototypes(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`koleo`, and v and g again: the gradients of what is made of these come first, and KoLeo's are added in place.
+    """`koleo`, and v and g again, for `distill_loss` to take: its gradients come first, and KoLeo's are added in place.
 
-    A gradient of v is as large as all prototypes; the sum of two takes a third, or one of them twice.
+    A gradient of v is as large as all prototypes, and two would be there at once. Not public: what hands one gradient
+    to several of its inputs, as a sum does, must not take these.
     """
     if z.dim() != 3 or z.shape[0] < 1 or z.shape[1] < 1:
         raise ValueError(f"z: expected shape [crops, n, d] with at least one row, got {list(z.shape)}")
@@ -84,9 +85,10 @@ class _GramTimes(torch.autograd.Function):
             return None, dv, dg, None
         z, v, g, *gram = ctx.saved_tensors
         gradient = gradient.contiguous()
-        adds = dv is not None and dg is not None
+        adds = dv is not None or dg is not None
         both, swapped = torch.cat((z, gradient)), torch.cat((gradient, z))
-        dv, dg = (dv.contiguous(), dg.contiguous()) if adds else (torch.empty_like(v), torch.empty_like(g))
+        make = torch.zeros_like if adds else torch.empty_like
+        dv, dg = (make(x) if d is None else d.contiguous() for d, x in ((dv, v), (dg, g)))
         if _is_cpp(z):
             # dW = W (zᵀ gradient + gradientᵀ z): by the rows' logits while they are fewer than the columns of W.
             by_rows, dz = len(both) < z.shape[1], torch.zeros_like(z)

@@ -310,13 +310,15 @@ class Engine:
             device=self.world.device,
         )  # fmt: skip
 
-        def exchange() -> None:
-            for _ in range(len(batches) - self._gathered if self.config.optim.koleo_weight else 0):
+        def exchange(in_forward: int) -> None:
+            for _ in range(
+                len(batches) - in_forward - self._gathered if self.config.optim.koleo_weight else 0
+            ):
                 self._gather(z)
 
-        if len(batches) > 1:  # before the first forward pass, else in it
-            exchange()
-        self._replicas.finish_with_nan(exchange)  # type: ignore[union-attr]
+        # The last exchange is in the first forward pass, in which DDP has something to exchange before it.
+        exchange(in_forward=1)
+        self._replicas.finish_with_nan(lambda: exchange(in_forward=0))  # type: ignore[union-attr]
         return torch.full((5 + z.shape[-1],), torch.nan, device=self.world.device)
 
     def _sums(self, parts: list[Losses]) -> Tensor:
@@ -430,28 +432,25 @@ class Engine:
         return groups
 
     def _whole_batches(self, inputs: list[Input]) -> list[Callable[[Tensor], Tensor] | None]:
-        """For each part, how its student outputs become the whole batch's (see join_whole_batch).
+        """For each part, in order, how its student outputs become the whole batch's (see join_whole_batch).
 
-        With several forward passes per step this costs one more student pass, without gradient.
+        Each part after the first costs one more student pass, without gradient; the first one's outputs come with it.
         """
         parts = len(inputs) * self.world.ranks
         if parts == 1 or self.config.optim.koleo_weight == 0:
             return [None] * len(inputs)
-
-        def join(part: int, everyone: Tensor | None, z: Tensor) -> Tensor:
-            start = (part * self.world.ranks + self.world.rank) * z.shape[1]
-            if everyone is None:
-                everyone = torch.cat(self._gather(z), dim=1)
-            return join_whole_batch(z, everyone, start, parts)
-
-        if len(inputs) == 1:
-            return [partial(join, 0, None)]
-        gathered = []
-        for patches, subsets in inputs:
+        later, everyone = [], []
+        for patches, subsets in inputs[1:]:
             with self._autocast():
-                gathered += self._gather(self.model.student_z(patches, subsets))
-        everyone = torch.cat(gathered, dim=1)
-        return [partial(join, part, everyone) for part in range(len(inputs))]
+                later += self._gather(self.model.student_z(patches, subsets))
+
+        def join(part: int, z: Tensor) -> Tensor:
+            if part == 0:
+                everyone.append(torch.cat((*self._gather(z), *later), dim=1))
+            start = (part * self.world.ranks + self.world.rank) * z.shape[1]
+            return join_whole_batch(z, everyone[0], start, parts)
+
+        return [partial(join, part) for part in range(len(inputs))]
 
     def _gather(self, z: Tensor) -> list[Tensor]:
         everyone = self.world.gather(z)

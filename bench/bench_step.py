@@ -14,7 +14,7 @@ import torch
 from baselines import eager_step, pillow_augment
 from bench_distill_loss import peak_flops
 from bench_patch_embed import whole_views
-from compare import all_close, compare, needs_bfloat16, needs_gpu, peak_bytes
+from compare import all_close, compare, keep, needs_bfloat16, needs_gpu, peak_bytes
 from torch import Tensor
 from workload import IMAGENET, batch, statistics
 
@@ -74,6 +74,7 @@ def bench_largest_batch_gpu(benchmark) -> None:
         per_image = (peaks[1] - peaks[0]) / 16
         benchmark.extra_info[name] = int((limit - peaks[0]) / per_image) + 16
         benchmark.extra_info[f"{name}_bytes_per_image"] = per_image
+    keep(benchmark)
 
 
 def config_of(preset: str, prototypes: int, drop_path: float, precision: str) -> Config:

@@ -53,8 +53,8 @@ def compare(
 
     same: raises when the two outputs differ; None only where the peer draws its own random numbers.
     peak: our peak_bytes, where they were measured before.
-    Fills benchmark.extra_info, and adds it as a line to the file that $BENCH_ROWS names, so that it is not lost
-    where a later benchmark hangs. The plugin's own columns are ours alone.
+    Fills benchmark.extra_info, and keeps it so that it is not lost where a later benchmark hangs. The plugin's own
+    columns are ours alone.
     """
     first, second = ours(), theirs()
     if same is not None:
@@ -84,12 +84,17 @@ def compare(
         commit=commit(),
         **more,
     )
+    keep(benchmark)
+    benchmark.pedantic(lambda: (ours(), _wait(device)), rounds=3)
+    return benchmark.extra_info["ratio_vs_peer"]
+
+
+def keep(benchmark: Any) -> None:
+    """Add what is known to the file that $BENCH_ROWS names; of two lines of a benchmark the later one counts."""
     if path := os.environ.get("BENCH_ROWS"):
         row = {"benchmark": benchmark.name, "date": f"{date.today():%Y-%m-%d}", **benchmark.extra_info}
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
-    benchmark.pedantic(lambda: (ours(), _wait(device)), rounds=3)
-    return benchmark.extra_info["ratio_vs_peer"]
 
 
 def near(a: list[Tensor], b: list[Tensor]) -> None:

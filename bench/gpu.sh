@@ -59,7 +59,7 @@ benchmarks() {  # benchmarks NAME SECONDS WHICH FILE...: of those for a GPU
 train() {  # train NAME SECONDS OPTION...
   local name=$1 seconds=$2
   shift 2
-  part "train $name" "$seconds" "$PYTHON" -m pera_fast.train --device cuda "$@" --out "$work/$name"
+  part "train $name" "$seconds" "$PYTHON" -m pera_fast.train --device cuda --no-report "$@" --out "$work/$name"
   cp "$work/$name/metrics.jsonl" "$OUT/metrics_$name.jsonl" 2>>"$OUT/log.txt"
 }
 

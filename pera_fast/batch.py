@@ -18,7 +18,6 @@ from pera_fast.engine import Engine
 from pera_fast.plan import (
     GB,
     MARGIN,
-    MULTIPLE,
     input_bytes,
     largest_batch,
     line_through,
@@ -52,7 +51,7 @@ def choose(engine: Engine, config: Config, world: World) -> tuple[Config, float 
         most, fitted_for = run.images if found is None else found.images, passes
         if run.global_batch is not None:
             most, passes = share_out(run.global_batch, world.ranks, most)
-        if found is None or passes <= fitted_for:
+        if found is None or not on_gpu or passes <= fitted_for:
             break  # of more passes, each has more beside it
     predicted = found.predicted_bytes if found is not None and found.images == most else None
     _log.info(
@@ -90,7 +89,7 @@ def fit_on_gpu(engine: Engine, config: Config, world: World, passes: int) -> Fit
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            engine.probe(synthetic_patches(config, images, device))
+            engine.probe(synthetic_patches(config, images, device), passes)
         except torch.OutOfMemoryError:
             return math.inf
         return torch.cuda.max_memory_allocated(device) + images * beside
@@ -117,16 +116,19 @@ def fit(measure: Callable[[int], float], limit_bytes: float) -> Fit:
         )
     first = largest_batch(*line_through(sizes, peaks), limit_bytes)
     # Half way: what grows in jumps (kept logits, libraries' workspaces) has grown by then.
-    half, too_many = first // 16 * 8, math.inf
+    half, has_failed = first // 16 * 8, False
     while half > sizes[1]:
         if (peak := measure(half)) < math.inf:
             sizes.append(half)
             peaks.append(peak)
             break
-        # Somebody else has taken memory, or it grows faster than the small ones tell.
-        half, too_many = half // 16 * 8, half
+        half, has_failed = half // 16 * 8, True
     line = line_through(sizes[-2:], peaks[-2:])
-    images = int(min(largest_batch(*line, limit_bytes), too_many - MULTIPLE))
+    images = largest_batch(*line, limit_bytes)
+    if (
+        has_failed
+    ):  # somebody else has taken memory, or it grows faster than the line: no more than was seen to fit
+        images = min(images, sizes[-1])
     _enough(images, sum(line), limit_bytes)
     predicted = line[0] + images * line[1]
     _log.info(

@@ -151,27 +151,38 @@ class Engine:
         On several ranks it is not None: then the numbers tell, for all ranks have to know.
         """
         self._failed.fill_(0)
-        self._gathered, passes, update = 0, len(batches) * self._passes_per_batch, None
+        self._gathered, passes, inputs, update = 0, len(batches) * self._passes_per_batch, None, None
+        self._steps_to_record -= 1
         try:
             inputs = self._inputs_prepared(step, batches)
-            if graph := self._recorded(inputs):
-                update = partial(graph, inputs)
-            else:
-                update = partial(self._update, self._sums(self._gradients(inputs)), passes)
         except torch.OutOfMemoryError as error:
-            images = len(batches[0]) // self._passes_per_batch
-            shares_sums = self._replicas is not None and self.config.optim.centring == "sinkhorn"
-            is_last_try = self._graph is None and (self._passes_per_batch > 1 or images == 1)
-            if is_last_try or self._is_sharded or shares_sums:
-                raise TrainingStopped(
-                    f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images "
-                    "in a forward pass: a smaller --batch-size, --activation norms or blocks, or --shard all "
-                    "needs less"
-                ) from error
+            self._check_there_is_a_way(step, batches, error)
+        graph = self._recorded(inputs)  # of which all ranks know, also those that are short of memory
+        try:
+            if inputs is not None:
+                update = (
+                    partial(graph, inputs) if graph is not None else
+                    partial(self._update, self._sums(self._gradients(inputs)), passes)
+                )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            self._check_there_is_a_way(step, batches, error)
         # Outside of the handler, whose traceback holds the tensors of the failed pass.
         if update is None and self._replicas is not None:
             update = partial(self._update, self._not_finite(batches), passes)
         return None if update is None else self._to_host(update())
+
+    def _check_there_is_a_way(
+        self, step: int, batches: Sequence[Batch], error: torch.OutOfMemoryError
+    ) -> None:
+        """TrainingStopped where a step that is short of memory cannot be taken with less."""
+        images = len(batches[0]) // self._passes_per_batch
+        shares_sums = self._replicas is not None and self.config.optim.centring == "sinkhorn"
+        is_last_try = self._graph is None and (self._passes_per_batch > 1 or images == 1)
+        if is_last_try or self._is_sharded or shares_sums:
+            raise TrainingStopped(
+                f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images in a forward pass: "
+                "a smaller --batch-size, --activation norms or blocks, or --shard all needs less"
+            ) from error
 
     def _to_host(self, numbers: Tensor) -> Callable[[], list[float]]:
         """What waits for numbers of the device, and not for what it is given to do after them."""
@@ -223,22 +234,25 @@ class Engine:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def probe(self, patches: Patches) -> None:
-        """A forward and backward pass that changes nothing, for measuring memory.
+    def probe(self, patches: Patches, passes: int = 1) -> None:
+        """Forward and backward passes that change nothing, for measuring memory: of a step of `passes` the first two,
+        as gradients lie beside the second.
 
         Replicas take no part: one may be short of memory where others go on. Outputs like this one's stand for theirs.
         """
+        self.optimizer.zero_grad()  # of a probe that failed
         self._temperature.fill_(0.04)
-        inputs, ranks = (patches, self._subsets(0, 0, patches)), self.world.ranks
+        inputs, parts = [(patches, self._subsets(0, 0, patches))] * min(passes, 2), passes * self.world.ranks
         if self._is_sharded:
-            self._gradients([inputs])
+            self._gradients(inputs)
         else:
-            with self._autocast():
-                losses = self.model(
-                    *inputs, self._temperature,
-                    None if ranks == 1 else lambda z: join_whole_batch(z, z.detach().repeat(1, ranks, 1), 0, ranks),
-                )  # fmt: skip
-            losses.total.backward()
+            for one in inputs:
+                with self._autocast(), self.model.alone():
+                    losses = self.model(
+                        *one, self._temperature,
+                        None if parts == 1 else lambda z: join_whole_batch(z, z.detach().repeat(1, parts, 1), 0, parts),
+                    )  # fmt: skip
+                losses.total.backward()
         self.optimizer.zero_grad()
 
     def _inputs_prepared(self, step: int, batches: Sequence[Batch]) -> list[Input]:
@@ -260,18 +274,25 @@ class Engine:
         ]
         return [(one, self._subsets(step, part, one)) for part, one in enumerate(patches)]
 
-    def _recorded(self, inputs: list[Input]) -> StepGraph | None:
-        """The graph of the step, which is recorded once the first steps are done, on every rank or on none."""
-        self._steps_to_record -= 1
+    def _recorded(self, inputs: list[Input] | None) -> StepGraph | None:
+        """The graph of the step, which is recorded once the first steps are done, on every rank or on none.
+
+        inputs: None on a rank that has no memory for them.
+        """
         if self._graph is None and self._steps_to_record < 0:
             self._steps_to_record = math.inf  # once, whether it goes well or not
+            why = "out of memory"
             try:
-                self._graph = StepGraph(
-                    lambda inputs: self._update(self._sums(self._gradients(inputs)), len(inputs)), inputs
-                )
+                if inputs is not None:
+                    self._graph = StepGraph(
+                        lambda inputs: self._update(self._sums(self._gradients(inputs)), len(inputs)), inputs
+                    )
             except RuntimeError as error:  # out of memory is one, too
-                _log.warning("the step is not recorded in a CUDA graph: %s", str(error).splitlines()[0])
+                why = str(error).splitlines()[0]
             # Outside of the handler, whose traceback holds what was made.
+            self._gathered = 0  # nothing was exchanged
+            if self._graph is None:
+                _log.warning("the step is not recorded in a CUDA graph: %s", why)
             failed = self.world.sum(torch.full((), float(self._graph is None), device=self.world.device))
             if failed > 0:
                 self.release()
@@ -305,15 +326,15 @@ class Engine:
     def _not_finite(self, batches: Sequence[Batch]) -> Tensor:
         """In place of a step's gradients and sums where memory was short, while the other ranks take theirs."""
         self._failed.fill_(1)
+        images = len(batches[0]) // self._passes_per_batch
+        exchanges = len(batches) * self._passes_per_batch if self.config.optim.koleo_weight else 0
         z = torch.full(
-            (self.config.crops.num_global, len(batches[0]), self.config.model.head_bottleneck_dim), torch.nan,
+            (self.config.crops.num_global, images, self.config.model.head_bottleneck_dim), torch.nan,
             device=self.world.device,
         )  # fmt: skip
 
         def exchange(in_forward: int) -> None:
-            for _ in range(
-                len(batches) - in_forward - self._gathered if self.config.optim.koleo_weight else 0
-            ):
+            for _ in range(exchanges - in_forward - self._gathered):
                 self._gather(z)
 
         # The last exchange is in the first forward pass, in which DDP has something to exchange before it.

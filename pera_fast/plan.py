@@ -120,10 +120,12 @@ def _step(model: PerA, config: Config, images: int) -> None:
     )  # fmt: skip
     patches = synthetic_patches(config, images, torch.device("cpu"))
     optimizer.allocate()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        subsets = draw_subsets(patches.groups, config.model.drop_path, config.model.depth)
-        losses = model(patches, subsets, 0.04)
-    losses.total.backward()
+    for _ in range(min(config.run.accumulate, 2)):  # the second has gradients beside it
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            subsets = draw_subsets(patches.groups, config.model.drop_path, config.model.depth)
+            losses = model(patches, subsets, 0.04)
+        losses.total.backward()
+        del losses
     optimizer.step()
 
 

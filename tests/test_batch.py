@@ -70,8 +70,9 @@ def test_a_larger_probe_that_does_not_fit_is_followed_by_a_smaller() -> None:
         return 1e9 + images * 50e6 if images <= 60 else math.inf
 
     found = fit(measure, 24e9)
-    assert asked == [4, 8, 208, 104, 48] and found.images == 96, "fewer than did not fit"
-    assert found.predicted_bytes == pytest.approx(1e9 + 96 * 50e6)
+    assert asked == [4, 8, 208, 104, 48] and found.images == 48, "no more than did fit"
+    assert found.predicted_bytes == pytest.approx(1e9 + 48 * 50e6)
+    assert fit(lambda n: 1e9 + n * 50e6 if n < 8 else math.inf, 24e9).images == 2
 
 
 def test_few_images_and_none() -> None:
@@ -218,6 +219,26 @@ def test_a_probe_asks_nothing_of_other_ranks(image_folder: Path) -> None:
         patch.setattr(pera, "koleo_and_prototypes", note)
         engine.probe(synthetic_patches(engine.config, 3, torch.device("cpu")))
     assert seen == [[2, 15]] and all(p.grad is None for p in engine.model.parameters())
+
+
+def test_a_probe_of_several_passes_has_gradients_beside_the_second(image_folder: Path) -> None:
+    """And starts without those of a probe that failed; Sinkhorn's sums are its own."""
+    config = tiny_config()
+    config = replace(config, optim=replace(config.optim, centring="sinkhorn"))
+    engine, _ = run(image_folder, config, 1)
+    patches, seen = synthetic_patches(config, 3, torch.device("cpu")), []
+    forward = engine.model.forward
+
+    def note(*arguments: Any) -> Any:
+        seen.append((engine.model.mask_token.grad is not None, engine.model._is_alone))
+        return forward(*arguments)
+
+    engine.model.mask_token.grad = torch.ones_like(engine.model.mask_token)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.model, "forward", note)
+        engine.probe(patches, passes=4)
+        engine.probe(patches)
+    assert seen == [(False, True), (True, True), (False, True)] and not engine.model._is_alone
 
 
 def test_command_with_auto_and_global_batch_then_resumed(image_folder: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_training_through_the_graph_is_training(
     monkeypatch.setattr(engine_module, "StepGraph", lambda f, inputs: StepGraph(f, inputs, record))
     recorded, reports = run(image_folder, config, 2)
     before = {key: value.clone() for key, value in state(recorded).items()}
-    recorded._steps_to_record = 0
+    recorded._steps_to_record = -1
     calls = []
     update = recorded._update
     monkeypatch.setattr(recorded, "_update", lambda *of: calls.append(of) or update(*of))
@@ -170,7 +170,7 @@ def test_where_recording_fails_steps_go_on(
     config = tiny_config()
     plain, _ = run(image_folder, config, 4)
     engine, _ = run(image_folder, config, 2)
-    engine._steps_to_record = 0
+    engine._steps_to_record = -1
     monkeypatch.setattr(engine_module, "StepGraph", fail)
     monkeypatch.setattr(engine, "_update", lambda *of: None)
     caplog.set_level(logging.WARNING, "pera_fast")

@@ -82,11 +82,14 @@ def disturbed(
     step: int,
     ranks: tuple[int, ...],
     is_recorded: bool = False,
+    passes: int = 1,
 ) -> Engine:
-    """Three steps, of which memory is short in one, on some of the ranks. is_recorded: in a graph, as on a GPU."""
+    """Three steps, of which memory is short in one, on some of the ranks. is_recorded: in a graph, as on a GPU.
+    passes: of each batch, as after an earlier time."""
     gathers = config.run.accumulate
     short = Short(place if on.rank in ranks else "nowhere", step, gathers)
     engine, _ = run(folder, config, 0, on=on)
+    engine._passes_per_batch = passes
     if is_recorded:
         engine._graph = Again(engine)  # type: ignore[assignment]
     blocks = engine.model.student.backbone.blocks
@@ -114,7 +117,7 @@ def _on_each_rank(folder: Path, on: World) -> None:
     for options, cases in (
         # DDP changes the order of its buckets in step 1.
         ({"batch_size": 4}, [*product(one_pass, range(3), [(1,)]), *product(one_pass, [1], [(0,), (0, 1)])]),
-        ({"batch_size": 4}, product(["patches"], [2], [(1,)], [True])),
+        ({"batch_size": 4}, product(["patches"], [2], [(1,)], [True], [1, 2])),
         ({"batch_size": 2, "accumulate": 2}, product(PLACES, [1], [(1,)])),
         ({"batch_size": 4, "reduce_in": "bf16"}, product(["backward"], [1], [(1,)])),
     ):
@@ -170,6 +173,24 @@ def _recording(folder: Path, on: World) -> None:
         with patch.object(engine_module, "StepGraph", record):
             run(folder, config, 4, start=2, engine=engine, on=on)
         assert engine._graph is None
+        assert_near(state(engine), undisturbed, 1e-5)
+
+        # One that has no memory for a step's inputs when it is to be recorded.
+        config = replace(config, run=replace(config.run, batch_size=4 // accumulate))
+        undisturbed = state(run(folder, config, 4, on=on)[0])
+        engine, _ = run(folder, config, 2, on=on)
+        engine._steps_to_record = 0
+        short = Short("inputs" if on.rank == 1 else "nowhere", 0, 0)
+        with (
+            patch.object(engine_module, "StepGraph", lambda _, inputs, engine=engine: Again(engine)),
+            patch.object(Engine, "_inputs_prepared", short.before("inputs", Engine._inputs_prepared)),
+        ):
+            run(folder, config, 4, start=2, engine=engine, on=on)
+        assert (
+            engine._graph is None
+            and engine._passes_per_batch == 2
+            and (short.failures == 0) == (on.rank == 1)
+        )
         assert_near(state(engine), undisturbed, 1e-5)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -117,11 +118,21 @@ class PerA(nn.Module):
         grid, local = (px // model.patch_px for px in (config.crops.global_px, config.crops.local_px))
         resampling = resample_positions(torch.eye(grid**2), local, local) if config.crops.num_local else None
         self.register_buffer("resampling", resampling, persistent=False)
+        self._is_alone = False
 
     def ema_pairs(self) -> list[tuple[str, nn.Parameter, Tensor | None]]:
         """(name, trained parameter, the teacher's counterpart or None) of everything the optimiser updates."""
         teachers = dict(self.teacher.named_parameters(prefix="student"))
         return [(n, p, teachers.get(n)) for n, p in self.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Forward passes in which other ranks have no part: Sinkhorn's sums are over this one's rows."""
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
 
     def student_forward(self, patches: Patches, subsets: Sequence[Subset]) -> tuple[Tensor, Tensor]:
         """(z [crops × images, bottleneck] unit rows, predicted pixels [target patches, p²·C])."""
@@ -184,7 +195,9 @@ class PerA(nn.Module):
         # (z · w - centre) / temperature, divided beforehand: the ops take the temperature as a number.
         sharp, centre = z_teacher / teacher_temperature, self.centre / teacher_temperature
         if optim.centring == "sinkhorn":
-            centre = ops.sinkhorn_centre(sharp, *self.teacher.prototypes(), 1.0, optim.sinkhorn_iterations)
+            centre = ops.sinkhorn_centre(
+                sharp, *self.teacher.prototypes(), 1.0, optim.sinkhorn_iterations, alone=self._is_alone
+            )
         z_global = z_student[: crops.num_global * batch].unflatten(0, (crops.num_global, batch))
         koleo, neighbours, v, g = koleo_and_prototypes(
             z_global if whole_batch is None else whole_batch(z_global), v, g

@@ -91,8 +91,9 @@ def distill_loss(
 
 @torch.no_grad()
 def sinkhorn_centre(
-    z: Tensor, v: Tensor, g: Tensor, tau: float, iterations: int = 3, group: dist.ProcessGroup | None = None
-) -> Tensor:
+    z: Tensor, v: Tensor, g: Tensor, tau: float, iterations: int = 3, group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+) -> Tensor:  # fmt: skip
     """The centre that makes `distill_loss` use Sinkhorn-Knopp's assignments of the teacher's rows.
 
     Sinkhorn-Knopp scales exp(t/τ) in turn to equal sums over prototypes and over rows; what is left of it in
@@ -101,7 +102,8 @@ def sinkhorn_centre(
 
     z: float [n, d], the teacher's rows of this rank. v: float [K, d]. g: float [K, 1]. tau: the teacher's
     temperature. group: the ranks whose rows count together, all with equally many iterations; None: the
-    default group where torch.distributed is initialised, else this process alone.
+    default group where torch.distributed is initialised, else this process alone. alone: whether this rank's rows
+    count without the others'.
 
     Returns float32 [K]. The logits are made chunk by chunk, once per iteration. Raises ValueError when a
     shape, the temperature or the number of iterations does not fit.
@@ -115,7 +117,7 @@ def sinkhorn_centre(
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
 
     def over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        if dist.is_available() and dist.is_initialized():
+        if not alone and dist.is_available() and dist.is_initialized():
             dist.all_reduce(values, operation, group)
         return values
 

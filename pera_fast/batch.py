@@ -125,9 +125,8 @@ def fit(measure: Callable[[int], float], limit_bytes: float) -> Fit:
         half, has_failed = half // 16 * 8, True
     line = line_through(sizes[-2:], peaks[-2:])
     images = largest_batch(*line, limit_bytes)
-    if (
-        has_failed
-    ):  # somebody else has taken memory, or it grows faster than the line: no more than was seen to fit
+    if has_failed:
+        # Somebody else has taken memory, or it grows faster than the line: no more than was seen to fit.
         images = min(images, sizes[-1])
     _enough(images, sum(line), limit_bytes)
     predicted = line[0] + images * line[1]

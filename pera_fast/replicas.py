@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -38,10 +39,12 @@ class Replicas:
 
     def __init__(self, model: nn.Module, reduce_in: Literal["bf16", "fp32"]) -> None:
         self._model = model
-        # Buffers are equal on all ranks, as the centre is made of sums over them.
-        self._ddp = DistributedDataParallel(
-            _Runs(model), gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers' new name is torch 2.13's
+            # Buffers are equal on all ranks, as the centre is made of sums over them.
+            self._ddp = DistributedDataParallel(
+                _Runs(model), gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         if reduce_in == "bf16":
             self._ddp.register_comm_hook(None, _sum_in_bfloat16)
         self._trained = [p for p in model.parameters() if p.requires_grad]

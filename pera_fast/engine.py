@@ -151,12 +151,13 @@ class Engine:
         On several ranks it is not None: then the numbers tell, for all ranks have to know.
         """
         self._failed.fill_(0)
-        self._gathered, passes, inputs, update = 0, len(batches) * self._passes_per_batch, None, None
+        passes, images = len(batches) * self._passes_per_batch, len(batches[0]) // self._passes_per_batch
+        self._gathered, inputs, update = 0, None, None
         self._steps_to_record -= 1
         try:
             inputs = self._inputs_prepared(step, batches)
         except torch.OutOfMemoryError as error:
-            self._check_there_is_a_way(step, batches, error)
+            self._check_there_is_a_way(step, images, error)
         graph = self._recorded(inputs)  # of which all ranks know, also those that are short of memory
         try:
             if inputs is not None:
@@ -165,17 +166,14 @@ class Engine:
                     partial(self._update, self._sums(self._gradients(inputs)), passes)
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:
-            self._check_there_is_a_way(step, batches, error)
+            self._check_there_is_a_way(step, images, error)
         # Outside of the handler, whose traceback holds the tensors of the failed pass.
         if update is None and self._replicas is not None:
-            update = partial(self._update, self._not_finite(batches), passes)
+            update = partial(self._update, self._not_finite(passes, images), passes)
         return None if update is None else self._to_host(update())
 
-    def _check_there_is_a_way(
-        self, step: int, batches: Sequence[Batch], error: torch.OutOfMemoryError
-    ) -> None:
-        """TrainingStopped where a step that is short of memory cannot be taken with less."""
-        images = len(batches[0]) // self._passes_per_batch
+    def _check_there_is_a_way(self, step: int, images: int, error: torch.OutOfMemoryError) -> None:
+        """TrainingStopped where a step that is short of memory in passes of so many images cannot do with less."""
         shares_sums = self._replicas is not None and self.config.optim.centring == "sinkhorn"
         is_last_try = self._graph is None and (self._passes_per_batch > 1 or images == 1)
         if is_last_try or self._is_sharded or shares_sums:
@@ -323,11 +321,10 @@ class Engine:
             self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         return self._replicas.averaging(is_last) if self._replicas else nullcontext()
 
-    def _not_finite(self, batches: Sequence[Batch]) -> Tensor:
+    def _not_finite(self, passes: int, images: int) -> Tensor:
         """In place of a step's gradients and sums where memory was short, while the other ranks take theirs."""
         self._failed.fill_(1)
-        images = len(batches[0]) // self._passes_per_batch
-        exchanges = len(batches) * self._passes_per_batch if self.config.optim.koleo_weight else 0
+        exchanges = passes if self.config.optim.koleo_weight else 0
         z = torch.full(
             (self.config.crops.num_global, images, self.config.model.head_bottleneck_dim), torch.nan,
             device=self.world.device,

@@ -125,9 +125,8 @@ def test_more_passes_leave_room_for_fewer_images(monkeypatch: pytest.MonkeyPatch
 def test_what_a_step_holds_beside_a_pass(cuda_graph: bool) -> None:
     config = tiny_config(cuda_graph=cuda_graph)
     source = 3 * config.data.window_px**2
-    rows = [x for x in synthetic_patches(config, 1, torch.device("cpu"))[1:]]
-    masks = [x for group in synthetic_patches(config, 1, torch.device("cpu")).groups for x in group]
-    patches = sum(x.nbytes for x in (*rows, *masks))
+    groups, *rows = synthetic_patches(config, 1, torch.device("cpu"))
+    patches = sum(x.nbytes for x in (*rows, *(mask for group in groups for mask in group)))
     assert input_bytes(config) == (3 * source + patches if cuda_graph else 2 * source)
     assert input_bytes(config, 2) == input_bytes(config) + (3 if cuda_graph else 2) * source
     assert (

@@ -16,6 +16,7 @@ from pera_fast import ops, reference
 from pera_fast.ops import _library
 
 needs_cpp = pytest.mark.skipif(_library.why_no_cpp() is not None, reason=f"cpp: {_library.why_no_cpp()}")
+BACKENDS = [pytest.param("cpp", marks=needs_cpp), "torch"]
 module = sys.modules["pera_fast.ops.koleo"]  # the function of that name hides it
 
 
@@ -41,14 +42,12 @@ def test_many_rows_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(module._nearest(x, x @ gram), wanted)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("rows", [1, 6, 30])
 def test_gradients_of_what_is_made_of_the_prototypes_are_added_to(
     backend: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the buffer they come in, whoever made it; without any, KoLeo's are written."""
-    if backend == "cpp" and _library.why_no_cpp() is not None:
-        pytest.skip(f"cpp: {_library.why_no_cpp()}")
     monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
     random = torch.Generator().manual_seed(3)
     leaves = [
@@ -72,9 +71,6 @@ def test_gradients_of_what_is_made_of_the_prototypes_are_added_to(
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     _, _, v, _ = module.koleo_and_prototypes(*leaves)  # of v alone
     assert torch.equal(torch.autograd.grad(v.sum(), leaves[1])[0], torch.ones(150, 8))
-
-
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "torch"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

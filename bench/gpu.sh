@@ -66,6 +66,7 @@ train() {  # train NAME SECONDS OPTION...
 for file in summary.txt log.txt rows.jsonl; do : >"$OUT/$file"; done
 nvidia-smi >>"$OUT/log.txt" 2>&1
 export PERA_FAST_REQUIRE_CUDA=1
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # as in training, for peers too
 part imports 20 "$PYTHON" -c "import dacite, rasterio, tyro"
 part build 120 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .
 part loads 30 "$PYTHON" -c "import sys; from pera_fast.ops import _library
@@ -77,7 +78,7 @@ tests ops 120 -k "(cuda or gpu or triton) and not compile and not interpreter" t
   tests/test_devices.py tests/test_patch_embed.py tests/test_koleo.py tests/test_residual_norm.py \
   tests/test_distill_loss.py tests/test_packed_attention.py
 tests engine 60 -k "cuda or gpu" tests/test_engine.py tests/test_batch.py tests/test_model.py tests/test_optim.py \
-  tests/test_loader.py
+  tests/test_loader.py tests/test_distributed.py
 tests graph 60 -k "cuda or gpu" tests/test_graph.py  # apart: a failed recording may leave traces
 steps=bench/bench_step
 benchmarks "step, eager" 60 "vit_b and not compile and not Pillow" $steps

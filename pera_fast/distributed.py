@@ -92,6 +92,18 @@ def _store(timeout: timedelta) -> dist.Store:
             return own
 
 
+def _let_memory_grow() -> None:
+    """Have PyTorch's allocator extend its blocks instead of adding others, unless the user has set it up: without,
+    a step leaves a seventh of the memory unused between blocks, and a recorded one a quarter. Must come
+    before the first allocation on a GPU.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ.setdefault(
+            "NCCL_GRAPH_REGISTER", "0"
+        )  # NCCL cannot register such memory for a recorded step
+
+
 @contextmanager
 def world(device_name: str) -> Iterator[World]:
     """Join the ranks that torchrun started; NCCL on CUDA, gloo on CPU. Leaves the group at the end, unless an error
@@ -107,6 +119,7 @@ def world(device_name: str) -> Iterator[World]:
         gpus = torch.cuda.device_count()
         raise ConfigError(f"nproc-per-node: expected at most one rank per GPU, {gpus}, got rank {local_rank}")
     if use_cuda:
+        _let_memory_grow()
         torch.cuda.set_device(local_rank)
         # Graphs cannot be recorded on the default stream, nor can the gradients of what was made there.
         torch.cuda.set_stream(torch.cuda.Stream())

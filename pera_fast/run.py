@@ -166,7 +166,9 @@ class Run:
         if self._profiler is not None:
             self._profiler.step()
         self._count_bad(batches)
-        if self._predicted_bytes is not None and step == self.start_step + 1:
+        # With the first of the steps that are like all others: what a recorded one holds on to counts.
+        first_usual = min(self.start_step + self.engine.first_steps, self.total_steps - 1)
+        if self._predicted_bytes is not None and step == first_usual:
             peak = _peak_memory_bytes(self.world.device)
             _log.info("peak memory %.2f GB, predicted %.2f GB", peak / 1e9, self._predicted_bytes / 1e9)
         epoch = self._images_seen(done) / len(self.dataset)

@@ -78,6 +78,11 @@ def run_module(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
+def python_path(folder: Path = ROOT / "tests") -> str:
+    """PYTHONPATH of a process that imports from the folder, too."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 def start_ranks(
     ranks: int, *command: object, per_node: int | None = None, **options: Any
 ) -> list[subprocess.Popen[Any]]:
@@ -87,7 +92,7 @@ def start_ranks(
         port = str(free.getsockname()[1])
     environment = {
         **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node or ranks), "MASTER_PORT": port,
-        "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"),
+        "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(),
     }  # fmt: skip
     return [
         subprocess.Popen(
@@ -116,7 +121,7 @@ def interpreted(code: str, *arguments: str, **environment: str) -> str:
         pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, got {np.__version__}")
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=280,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests"), **environment},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path(), **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout.strip()
@@ -168,7 +173,7 @@ def run_on_isa(capability: str, code: str) -> None:
     environment = {
         **os.environ,
         "PERA_FAST_CPU_CAPABILITY": capability,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": python_path(),
     }
     run = subprocess.run(
         [sys.executable, "-c", code, capability], env=environment, capture_output=True, text=True, timeout=240

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 
 import pytest
-from conftest import start_ranks
+import torch
+from conftest import needs_cuda, start_ranks
+
+from pera_fast.distributed import world
 
 RANK = """
 import atexit, sys
@@ -41,3 +46,35 @@ def test_an_error_on_one_rank_ends_it(backend: str) -> None:
     )
     assert out == ("" if backend == "nccl" else "torn down\n")
     assert ranks[0].returncode == 1 and "Traceback" in told  # its peer is gone: torchrun would have ended it
+
+
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_set_up_unless_it_is(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    for name, stand_in in (("is_available", True), ("device_count", 1), ("Stream", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=stand_in: value)
+    for name in ("set_device", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    with world("cuda"):
+        found = {name: os.environ[name] for name in names if name in os.environ}
+    if given:
+        assert found == {given: "max_split_size_mb:512"}
+    else:
+        assert found == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}
+
+
+@needs_cuda
+def test_the_allocators_blocks_grow() -> None:
+    """The setting comes before the allocator reads it."""
+    code = (
+        "import torch; from pera_fast.distributed import world\n"
+        "with world('cuda'): x = torch.ones(1, device='cuda')\n"
+        "assert all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

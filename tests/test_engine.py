@@ -223,7 +223,7 @@ def _on_this_rank(folder: Path, out: Path, options: dict[str, Any], on: World) -
         def spoil(module: Any, inputs: Any, output: torch.Tensor) -> None:
             output.register_hook(lambda gradient: gradient * factor)
 
-        hook = engine.model.pixel_head.mlp[1].register_forward_hook(spoil)
+        hook = engine.model.pixel_head.register_forward_hook(spoil)
         _, after = run(folder, tiny_config(**options), 4, 3, engine, on)
         hook.remove()
         assert after[0].skipped, on.rank

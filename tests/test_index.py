@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_module
+from conftest import python_path, run_module
 from test_train import SMALL
 
 from pera_fast.data import index as index_module
@@ -171,7 +171,7 @@ def test_five_million_images_on_64_ranks(tmp_path: Path) -> None:
     (folder / "index.json").write_text(json.dumps(facts))
     done = subprocess.run(
         [sys.executable, "-c", MILLIONS, str(folder)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     windows, seconds, private = map(float, done.stdout.split())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs_cuda, tiny_config
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pera_fast.config import PRESETS, Config
@@ -204,6 +205,49 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Made(TorchDispatchMode):
+    """What GELU and concatenations made, which a storage's end does not wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[str, list[StorageWeakRef]] = {"gelu": [], "cat": []}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if (name := func.overloadpacket.__name__) in self.storages:
+            self.storages[name].append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+
+def test_what_is_quickly_made_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GELU of blocks and heads, and the library's attention of several crop sizes as one matrix."""
+    config = tiny_config()
+    student = PerA(config).student
+    patches = drawn_patches(config, 4)
+    monkeypatch.setenv("PERA_FAST_BACKEND", "packed_attention=torch")
+    rows = sum(len(group.student) * (1 + group.student.shape[1]) for group in patches.groups)
+    groups = [(len(group.student), 1 + group.student.shape[1]) for group in patches.groups]
+    x = torch.randn(rows, config.model.embed_dim, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        subsets = [Subset(groups)] * (2 * config.model.depth)
+        tokens = student.backbone.blocks_forward(x + 0, subsets)
+        return student.cls_head(tokens[:9]).sum() + tokens.square().sum()
+
+    with Made() as made:
+        out = forward()
+    assert [len(made.storages[name]) for name in ("gelu", "cat")] == [
+        config.model.depth + config.model.head_layers - 1, config.model.depth
+    ]  # fmt: skip
+    assert all(storage.expired() for storages in made.storages.values() for storage in storages)
+    got = torch.autograd.grad(out, x)[0]
+    monkeypatch.setattr("pera_fast.model.vit._again", lambda function, *inputs: function(*inputs))
+    with Made() as made:
+        out = forward()
+    assert not any(storage.expired() for storages in made.storages.values() for storage in storages)
+    assert torch.equal(got, torch.autograd.grad(out, x)[0])
 
 
 def test_a_pass_never_waits_for_the_device() -> None:

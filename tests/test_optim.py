@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE, tiny_config
+from conftest import ONE, python_path, tiny_config
 from test_engine import assert_near, run, state
 from torch import Tensor, nn
 
@@ -338,7 +338,7 @@ def test_shards_of_fsdp2_are_updated_in_place(scale: int, tmp_path: Path) -> Non
         subprocess.Popen(
             [sys.executable, __file__, str(tmp_path / "sharded.pt"), str(scale)],
             env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_PORT": port,
-                 "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+                 "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
         )
         for r in range(2)
     ]  # fmt: skip

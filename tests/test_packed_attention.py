@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from conftest import interpreted, run_on_isa, three_way
+from torch import Tensor
 
 from pera_fast import ops, reference
 from pera_fast.ops import _library
@@ -45,18 +46,21 @@ def test_short_sequences_by_the_kernels_and_long_ones_by_the_library(
     groups: list[tuple[int, int]], dtype: torch.dtype
 ) -> None:
     """As on a GPU, where each has its own."""
+
+    def attended(qkv: Tensor, longer_than: int) -> Tensor:
+        return torch.cat(packed_attention._sdpa(qkv, groups, 0.2, longer_than))
+
     torch.manual_seed(0)
     qkv = torch.randn(sum(n * length for n, length in groups), 3, 2, 32).to(dtype)
     three_way(
-        lambda x: packed_attention._sdpa(x, groups, 0.2, longer_than=23),
-        lambda x: reference.packed_attention(x, groups, 0.2), qkv, slack=SLACK[dtype],
-    )  # fmt: skip
+        lambda x: attended(x, 23),
+        lambda x: reference.packed_attention(x, groups, 0.2),
+        qkv,
+        slack=SLACK[dtype],
+    )
     qkv.requires_grad_()
-    alone = [
-        torch.autograd.grad(packed_attention._sdpa(qkv, groups, 0.2, n).float().square().sum(), qkv)[0]
-        for n in (0, 471)
-    ]
-    mixed = torch.autograd.grad(packed_attention._sdpa(qkv, groups, 0.2, 23).float().square().sum(), qkv)[0]
+    alone = [torch.autograd.grad(attended(qkv, n).float().square().sum(), qkv)[0] for n in (0, 471)]
+    mixed = torch.autograd.grad(attended(qkv, 23).float().square().sum(), qkv)[0]
     row = 0
     for n, length in groups:
         of_group = slice(row, row + n * length)

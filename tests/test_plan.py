@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_module, tiny_config
+from conftest import python_path, run_module, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pera_fast.config import PRESETS, Config, CropConfig
@@ -77,7 +77,7 @@ def test_peak_memory_of_a_process_is_foreseen_to_a_tenth(
     """With a malloc that gives memory back as it is freed; the default one's heap keeps some of it."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, precision, activation, str(images)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env={**os.environ, "PYTHONPATH": python_path(), "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, peak = map(int, done.stdout.split())

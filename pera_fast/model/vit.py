@@ -6,7 +6,7 @@ Parameter names are the field's (DINO, timm), so weights move in and out by name
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pera_fast import ops
 from pera_fast.config import ModelConfig
 from pera_fast.model.shadow import weight_of
+from pera_fast.ops.packed_attention import attention_parts
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
@@ -34,33 +35,42 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return ops.linear(x, weight_of(layer), layer.bias)
 
 
+def _gelu_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    return _linear(layer, F.gelu(hidden))
+
+
+def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which the inputs alone are kept: the rest is made again in the backward pass, up to the
+    last tensor that is needed. A product at its end is not taken twice."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+
+
 class Branch(nn.Module):
-    """Half of a block, in two parts: `enter` is its first product, `leave` the rest."""
+    """Half of a block, in three parts: `enter` is its first product; what `attend` makes of it is kept for the
+    backward pass; `leave` is the last product, and what comes before it and is quickly made again."""
 
     def enter(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
+    def attend(self, hidden: Tensor, groups: Groups) -> list[Tensor]:
+        return [hidden]
+
+    def leave(self, *kept: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor, groups: Groups, recompute: str, affine: tuple[Tensor, Tensor]) -> Tensor:
-        """[rows, D] -> [rows, D]. x: normalised; with `recompute`, before the norm's weight and bias, `affine`.
-
-        A checkpoint keeps its input alone and makes the rest again in the backward pass, but stops at the last
-        tensor that is needed: a product at its end is not taken twice. GELU is never kept: it is a hundredth of the
-        step's work and a quarter of its memory.
-        """
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        """[rows, D] -> [rows, D]. x: normalised; with `recompute`, before the norm's weight and bias, `affine`."""
         weight, bias = affine
 
         def enter(x: Tensor) -> Tensor:
             return self.enter(torch.addcmul(bias, x, weight).to(x.dtype))
 
         if recompute == "blocks":
-            return again(lambda x: self.leave(enter(x), groups), x)
-        hidden = self.enter(x) if recompute == "none" else again(enter, x)
-        leaves_gelu = isinstance(self, Mlp) and torch.is_grad_enabled()
-        return again(self.leave, hidden, groups) if leaves_gelu else self.leave(hidden, groups)
+            return _again(lambda x: self.leave(*self.attend(enter(x), groups)), x)
+        hidden = self.enter(x) if recompute == "none" else _again(enter, x)
+        return _again(self.leave, *self.attend(hidden, groups))
 
 
 class Attention(Branch):
@@ -73,9 +83,11 @@ class Attention(Branch):
     def enter(self, x: Tensor) -> Tensor:
         return _linear(self.qkv, x)
 
-    def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
-        qkv = hidden.unflatten(-1, (3, self.num_heads, -1))
-        return _linear(self.proj, ops.packed_attention(qkv, groups).flatten(1))
+    def attend(self, hidden: Tensor, groups: Groups) -> list[Tensor]:
+        return attention_parts(hidden.unflatten(-1, (3, self.num_heads, -1)), groups)
+
+    def leave(self, *kept: Tensor) -> Tensor:
+        return _linear(self.proj, (kept[0] if len(kept) == 1 else torch.cat(kept)).flatten(1))
 
 
 class Mlp(Branch):
@@ -87,8 +99,8 @@ class Mlp(Branch):
     def enter(self, x: Tensor) -> Tensor:
         return _linear(self.fc1, x)
 
-    def leave(self, hidden: Tensor, groups: Groups) -> Tensor:
-        return _linear(self.fc2, F.gelu(hidden))
+    def leave(self, *kept: Tensor) -> Tensor:  # GELU: a hundredth of the step's work, a quarter of its memory
+        return _gelu_linear(self.fc2, *kept)
 
 
 class Block(nn.Module):
@@ -283,9 +295,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, embed_dim] -> unit rows [n, bottleneck] in float32 or better; the last layer is the caller's."""
-        z = x
-        for layer in self.mlp:
-            z = _linear(layer, z) if isinstance(layer, nn.Linear) else layer(z)
+        first, *others = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        z = _linear(first, x)
+        for layer in others:
+            z = _again(partial(_gelu_linear, layer), z)
         # Normalising in float32 keeps unit length to 1e-7 where bfloat16 would leave 1e-2.
         z = z if z.dtype == torch.float64 else z.float()
         return F.normalize(z, dim=-1, eps=1e-12)

@@ -64,6 +64,17 @@ def packed_attention(
     return _dispatch.function("packed_attention", qkv.device.type)(qkv, groups, scale)
 
 
+def attention_parts(qkv: Tensor, groups: Groups) -> list[Tensor]:
+    """`packed_attention` as the parts that follow one another in it.
+
+    The library keeps what it makes of each group for the backward pass. Whoever makes the concatenation again there
+    keeps no second copy.
+    """
+    if _dispatch.resolve("packed_attention", qkv.device.type).backend == "torch":
+        return _parts(qkv, groups, qkv.shape[3] ** -0.5)
+    return [packed_attention(qkv, groups)]
+
+
 def _joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for name, x in (("k", key), ("v", value)):
         got, expected = ((list(t.shape), t.dtype, t.device) for t in (x, query))
@@ -163,11 +174,11 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     if qkv.dtype == torch.float64:
-        return _sdpa(qkv, groups, scale)
+        return _join(_sdpa(qkv, groups, scale))
     # On a GPU no tile of a larger head fits into the registers, and the largest product is taken for the largest score.
     is_large = qkv.shape[3] > (64 if qkv.dtype == torch.float32 else 128)
     if qkv.device.type != "cpu" and (is_large or scale <= 0):
-        return _sdpa(qkv, groups, scale)
+        return _join(_sdpa(qkv, groups, scale))
     if qkv.dtype == torch.float16 and qkv.device.type == "cpu":
         return _kernels(qkv.float(), groups, scale).half()  # rare on a CPU, and exact in float32
     counts, lengths = [n for n, _ in groups], [length for _, length in groups]
@@ -202,6 +213,10 @@ _SHORT = 32
 
 
 def _torch(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
+    return _join(_parts(qkv, groups, scale))
+
+
+def _parts(qkv: Tensor, groups: Groups, scale: float) -> list[Tensor]:
     """SDPA; on a GPU, unless it is asked for by name, the kernels for sequences that leave its tiles empty."""
     is_by_choice = _dispatch.requested("packed_attention") == "torch"
     has_kernels = qkv.dtype in (torch.bfloat16, torch.float16) and qkv.shape[3] <= 128
@@ -210,7 +225,11 @@ def _torch(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     return _sdpa(qkv, groups, scale, longer_than=_SHORT)
 
 
-def _sdpa(qkv: Tensor, groups: Groups, scale: float, longer_than: int = 0) -> Tensor:
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sdpa(qkv: Tensor, groups: Groups, scale: float, longer_than: int = 0) -> list[Tensor]:
     """SDPA of each group of sequences that are long enough, the kernels for the others."""
     operands, outputs = iter(_Operands.apply(qkv, groups, longer_than)), []
     for group in groups:
@@ -220,9 +239,7 @@ def _sdpa(qkv: Tensor, groups: Groups, scale: float, longer_than: int = 0) -> Te
         query, key, value = next(operands), next(operands), next(operands)
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    if len(outputs) < 2:
-        return outputs[0] if outputs else qkv[:, 0]
-    return torch.cat(outputs)
+    return outputs or [qkv[:, 0]]
 
 
 def _operands(qkv: Tensor, groups: Groups, longer_than: int) -> list[Tensor]:

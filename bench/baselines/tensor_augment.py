@@ -23,6 +23,7 @@ def crop_pairs(
 
     The table is on the CPU, as code that draws and applies each image's transforms in turn has it.
     """
+    mean_of_bands, std_of_bands = mean.tolist(), std.tolist()  # once: it waits for the device
     views = [torch.empty(len(table.image), 3, crop_px, crop_px, device=mean.device) for _ in range(2)]
     for i, source in enumerate(table.image.tolist()):
         cut = transforms.resized_crop(
@@ -40,5 +41,5 @@ def crop_pairs(
                 if operation >= 0:
                     coloured = _ADJUST[operation](coloured, float(table.factor[i, view, operation]))
             scaled = transforms.to_dtype(coloured, torch.float32, scale=True)
-            views[view][i] = transforms.normalize(scaled, mean.tolist(), std.tolist())
+            views[view][i] = transforms.normalize(scaled, mean_of_bands, std_of_bands)
     return views

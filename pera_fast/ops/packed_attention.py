@@ -205,7 +205,13 @@ def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device) -
 def _why_no_xformers() -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
-    return None if torch.cuda.is_available() else "no GPU visible"
+    if not torch.cuda.is_available():
+        return "no GPU visible"
+    try:
+        from xformers import _has_cpp_library
+    except ImportError as error:
+        return f"xformers does not load: {error}"
+    return None if _has_cpp_library else "xformers' kernels are built for another torch or CUDA"
 
 
 # Of a longer sequence the library's tiles, 64 or 128 rows of one sequence and head, are full enough.

@@ -413,10 +413,10 @@ class Engine:
         student, students = packed([(len(m.student), 1 + m.student.shape[1]) for m in masks])
         teacher, teachers = packed([(len(m.teacher), 1 + m.teacher.shape[1]) for m in masks])
         _, targets = packed([(len(m.target), m.target.shape[1]) for m in masks])
-        sizes = (config.global_px, config.local_px)
+        images, sizes = batch.images, (config.global_px, config.local_px)
         for i, (table, mask, crop_px) in enumerate(zip(tables, masks, sizes, strict=False)):
             ops.crop_patches(
-                batch.images, table, *mask, crop_px=crop_px, patch_px=patch_px, mean=self._mean, std=self._std,
+                images, table, *mask, crop_px=crop_px, patch_px=patch_px, mean=self._mean, std=self._std,
                 exact=config.exact_augmentation, leading_rows=1, out=(students[i], targets[i], teachers[i]),
                 check_values=device.type == "cpu",  # made right by the loader; a GPU need not be waited for
             )  # fmt: skip

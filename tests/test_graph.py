@@ -83,11 +83,14 @@ def test_replayed_on_new_inputs() -> None:
     [
         (
             (torch.zeros(3), 2),
-            r"expected torch.float32 \[2\] as recorded in place 0, got torch.float32 \[3\]",
+            r"expected torch.float32 \[2\] as recorded in place 1, got torch.float32 \[3\]",
         ),
         ((torch.zeros(2, dtype=torch.float64), 2), "got torch.float64"),
-        ((torch.zeros(2), 3), "expected 2 as recorded in place 1, got 3"),
-        ((torch.zeros(2), 2, 2), "structure"),
+        ((torch.zeros(2), 3), "expected 2 as recorded in place 2, got 3"),
+        ((torch.zeros(2), torch.zeros(2)), "structure"),
+        ((torch.zeros(2), 2, 2), "expected 2 as recorded in place 0, got 3"),
+        ([(torch.zeros(2), 2)], "expected 2 as recorded in place 0, got 1"),
+        ((torch.zeros(2), (2,)), "expected 2 as recorded in place 2, got 1"),
     ],
 )
 def test_other_inputs_than_recorded_are_refused(inputs: Any, sentence: str) -> None:

@@ -272,7 +272,9 @@ def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tenso
     starts = [
         sum(n * length for n, length in zip(counts[:i], lengths[:i], strict=True)) for i in range(len(groups))
     ]
-    every = [torch.arange(length, device=device) for length in lengths]
+    every = [
+        torch.arange(start, start + length, device=device) for start, length in zip(starts, lengths, strict=True)
+    ]  # rows of each size's first sequence
     half, last = 2 * (depth // 2), 2 * depth - 1
     subsets: list[Subset] = []
     for branches, tokens in (
@@ -286,11 +288,12 @@ def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tenso
             continue
         rows, scales, shapes = [], [], []
         for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            sequences = torch.arange(count, device=device).expand(len(branches), count)
-            picked = sequences if chosen is None else chosen[i].to(device)[branches.start : branches.stop]
+            if chosen is None:
+                picked = torch.arange(count, device=device).expand(len(branches), count)
+            else:
+                picked = chosen[i].to(device)[branches.start : branches.stop]
             size = picked.shape[1]
-            place = starts[i] + picked[:, :, None] * length + tokens[i]
-            rows.append(place.flatten(1))
+            rows.append(torch.add(tokens[i], picked[:, :, None], alpha=length).flatten(1))
             scales.append(torch.full((size * seen[i],), count / size, device=device))
             shapes.append((size, seen[i]))
         scale = None if chosen is None else torch.cat(scales)

@@ -273,7 +273,8 @@ def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tenso
         sum(n * length for n, length in zip(counts[:i], lengths[:i], strict=True)) for i in range(len(groups))
     ]
     every = [
-        torch.arange(start, start + length, device=device) for start, length in zip(starts, lengths, strict=True)
+        torch.arange(start, start + length, device=device)
+        for start, length in zip(starts, lengths, strict=True)
     ]  # rows of each size's first sequence
     half, last = 2 * (depth // 2), 2 * depth - 1
     subsets: list[Subset] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -131,6 +132,8 @@ def world(device_name: str) -> Iterator[World]:
             "nccl" if use_cuda else "gloo", store=_store(timeout), rank=int(os.environ["RANK"]), world_size=ranks,
             timeout=timeout,
         )  # fmt: skip
+    if int(os.environ.get("RANK", "0")) > 0:  # what all ranks would say is said once
+        logging.getLogger("pera_fast").setLevel(logging.WARNING)
     has_failed = True
     try:
         yield World(int(os.environ.get("RANK", "0")), ranks, device)

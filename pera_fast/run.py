@@ -371,7 +371,7 @@ class Records:
             "bad_images": bad,
             **health,
         }
-        if health:
+        if health and self.world.is_first:  # all ranks have it where prototypes are shared out
             for sentence in self._watch.look(line):
                 _log.warning("%s", sentence)
         self._bar.set_postfix(

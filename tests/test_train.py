@@ -123,6 +123,7 @@ def test_torchrun_with_two_ranks(image_folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in lines(tmp_path / "run")] == [1, 2]
+    assert done.stderr.count("images a step") == 1  # not by each rank
 
 
 def test_yaml_config_is_read_and_written(image_folder: Path, tmp_path: Path) -> None:

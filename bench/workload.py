@@ -48,7 +48,7 @@ def batch(config: Config, images: int, px: int = 512) -> Batch:
     low, high = statistics().scale_of("uint8")
     samples = [
         Sample(
-            textured_image(px, seed),
+            textured_image(px, seed % 64),
             low.astype(np.float32),
             high.astype(np.float32),
             {kind: draw_crops(random, px, px, config.crops, kind) for kind in ("global", "local")},

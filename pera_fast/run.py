@@ -169,8 +169,12 @@ class Run:
         # With the first of the steps that are like all others: what a recorded one holds on to counts.
         first_usual = min(self.start_step + self.engine.first_steps, self.total_steps - 1)
         if self._predicted_bytes is not None and step == first_usual:
-            peak = _peak_memory_bytes(self.world.device)
-            _log.info("peak memory %.2f GB, predicted %.2f GB", peak / 1e9, self._predicted_bytes / 1e9)
+            device = self.world.device
+            _log.info(
+                "peak memory %.2f GB%s, predicted %.2f GB", _peak_memory_bytes(device) / 1e9,
+                f" in {torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB of blocks" if device.type == "cuda" else "",
+                self._predicted_bytes / 1e9,
+            )  # fmt: skip
         epoch = self._images_seen(done) / len(self.dataset)
         is_logged = done % run.log_every == 0 or done == self.total_steps
         health = self.engine.health() if is_logged and (self.world.is_first or run.shard != "none") else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import logging
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from conftest import ONE, ROOT, needs_cuda, tiny_config
 from test_engine import assert_near, run, state
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,6 +78,20 @@ def test_replayed_on_new_inputs() -> None:
         x, before = torch.full((3,), float(i)), weight.clone()
         got = graph(((x, ["a", "b"]), torch.tensor(0.5)))
         assert torch.equal(got, (x * (before + 3 * i) + 0.5) * 2)
+
+
+def test_inputs_are_not_kept() -> None:
+    """A batch's patches would else lie in memory several times until cycles are collected."""
+    graph = StepGraph(lambda inputs: inputs[0][0] * 2, ((torch.zeros(3), 1), [2]), record)
+    gc.disable()
+    try:
+        x = torch.ones(3)
+        kept = StorageWeakRef(x.untyped_storage())
+        graph(((x, 1), [2]))
+        del x
+        assert kept.expired()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

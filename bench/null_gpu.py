@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,15 @@ def on_the_null_gpu(preset: str) -> dict[str, Any]:
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN looks for a driver by itself
     torch.backends.cudnn.enabled = False
     null_gpu = ctypes.CDLL("libcuda.so.1")
+    to_host = Engine._to_host
+
+    def zeros_to_host(self: Engine, numbers: torch.Tensor) -> Callable[[], list[float]]:
+        """What happens to be in memory could say that a step had failed."""
+        waited = to_host(self, numbers)
+        return lambda: [0.0 for _ in waited()]
+
     facts: dict[str, Any] = {"torch": torch.__version__}
-    with world("cuda") as on:
+    with world("cuda") as on, patch.object(Engine, "_to_host", zeros_to_host):
         for name, side in (("ours", 0), ("eager", 1)):
             facts[f"{name}_bytes_per_image"], facts[f"{name}_largest_batch"] = largest_batch(preset, side)
         config = config_of(preset, PROTOTYPES, DROP_PATH, "bf16")

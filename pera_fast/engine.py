@@ -291,8 +291,7 @@ class Engine:
             self._gathered = 0  # nothing was exchanged
             if self._graph is None:
                 _log.warning("the step is not recorded in a CUDA graph: %s", why)
-            failed = self.world.sum(torch.full((), float(self._graph is None), device=self.world.device))
-            if failed > 0:
+            if self.world.any(self._graph is None):
                 self.release()
                 if self._replicas is not None:  # DDP waits for gradients that a failed recording has not made
                     self._replicas.close()

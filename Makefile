@@ -6,7 +6,7 @@ READY := .venv/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(shell echo ,gpu))
 
-.PHONY: train test bench lint docs gpu clean
+.PHONY: train test bench lint docs gpu null-gpu clean
 
 train: $(READY)
 	$(BIN)/python -m pera_fast.train $(ARGS)
@@ -37,6 +37,10 @@ docs: $(READY)
 # Build, GPU tests, memory checker, benchmarks: everything lands in $$OUT (default: gpu_out).
 gpu:
 	@if command -v nvidia-smi >/dev/null; then bash bench/gpu.sh; else echo "no GPU found"; fi
+
+# A GPU's memory and the host's work without one: PYTHON has a CUDA build of torch; nvcc is needed.
+null-gpu:
+	$(PYTHON) bench/null_gpu.py
 
 # torch goes first: the extension is then built against the very torch it will run with.
 $(READY): $(SOURCES)

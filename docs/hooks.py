@@ -2,6 +2,7 @@
 
 {{ results: adamw_ema, grad_norm }}   the ops' measurements, from bench/results/*.json
 {{ gpu }}                             a sentence about what has been measured on a GPU
+{{ null_gpu }}                        a GPU's memory, told without one, from bench/results/null_gpu.json
 ![what it shows](figures/x.svg)       the drawing itself, which then takes the page's colours
 ../bench/results/x.svg                a plot of the measurements
 """
@@ -32,10 +33,9 @@ def on_files(files: Files, config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    on_gpu = f"Measured on {', '.join(GPUS)}." if GPUS else "Nothing has been measured on a GPU yet."
-    markdown = re.sub(
-        r"\(\.\./bench/results/(\w+\.svg)\)", r"(results/\1)", markdown.replace("{{ gpu }}", on_gpu)
-    )
+    on_gpu = f"Measured on {', '.join(GPUS)}." if GPUS else "Nothing has been timed on a GPU yet."
+    markdown = markdown.replace("{{ gpu }}", on_gpu).replace("{{ null_gpu }}", null_gpu())
+    markdown = re.sub(r"\(\.\./bench/results/(\w+\.svg)\)", r"(results/\1)", markdown)
     return re.sub(r"\{\{ results: (.+?) \}\}", lambda m: "\n\n".join(map(table, m[1].split(", "))), markdown)
 
 
@@ -55,3 +55,24 @@ def table(op: str) -> str:
     text = re.sub(r"^\|[^|\n]+\|", "|", text, flags=re.MULTILINE)
     text = re.sub(r"\b\d\.\d+e\+\d+", lambda number: f"{float(number[0]):,.0f}", text)
     return re.sub(r"^(?=[^|\n])", f"`{op}`, ", text, flags=re.MULTILINE)
+
+
+def null_gpu() -> str:
+    """A row for each preset and size of GPU."""
+    rows = json.loads((RESULTS / "null_gpu.json").read_text())["null_gpu"]
+    lines = [
+        f"torch {rows[0]['torch']}, commit {rows[0]['commit']}.",
+        "",
+        "| preset | GPU, GB | MB an image, ours / eager | images that fit, ours / eager | automatic batch "
+        "| GB predicted | peak, recorded | in blocks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        predicted, peak, blocks = (row[f"{name}_bytes"] / 1e9 for name in ("predicted", "peak", "reserved"))
+        lines.append(
+            f"| {row['preset']} | {row['gpu_mib'] * 2**20 / 1e9:.1f} "
+            f"| {row['ours_bytes_per_image'] / 1e6:.0f} / {row['eager_bytes_per_image'] / 1e6:.0f} "
+            f"| {row['ours_largest_batch']} / {row['eager_largest_batch']} | {row['automatic_batch']} "
+            f"| {predicted:.1f} | {peak:.1f} | {blocks:.1f} |"
+        )
+    return "\n".join(lines).replace("_", r"\_")

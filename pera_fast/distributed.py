@@ -38,7 +38,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on some rank."""
-        return flag if self.ranks == 1 else bool(self.sum(torch.full((), float(flag), device=self.device)) > 0)
+        return (
+            flag if self.ranks == 1 else bool(self.sum(torch.full((), float(flag), device=self.device)) > 0)
+        )
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every rank's tensor of the same shape, by rank, without gradient."""

@@ -671,3 +671,15 @@ def test_grad_norm_on_the_host(order, on_host):
         on_host, order, PARAMETERS + [(4096 * 300, 0)] + [(5, 0)] * 250
     )  # more partial sums than threads
     assert struct.unpack("=f", on_host("grad_norm", order, stdin=packed("q", 0))) == (0.0,)
+
+
+def test_the_null_gpu_compiles() -> None:
+    """Against the toolkit's own declarations; it runs where torch is a CUDA build (bench/null_gpu.py)."""
+    built = _library.build_info() or {}
+    toolkit = built.get("cuda", {}).get("toolkit")
+    if not toolkit or not (Path(toolkit) / "include/cuda_runtime_api.h").is_file():
+        pytest.skip("no CUDA toolkit")
+    subprocess.run(
+        [built["compiler"], "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{toolkit}/include",
+         str(ROOT / "csrc/testing/null_gpu.cpp")], check=True,
+    )  # fmt: skip

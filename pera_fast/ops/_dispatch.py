@@ -16,6 +16,7 @@ list such as `disjoint_masks=cpp,packed_attention=reference`. A backend asked fo
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -67,8 +68,13 @@ def registered() -> dict[str, list[Implementation]]:
 
 def requested(op: str) -> str:
     """The backend name `PERA_FAST_BACKEND` asks for `op`, or "auto"."""
+    return _requested(op, os.environ.get("PERA_FAST_BACKEND", "auto"))
+
+
+@functools.cache  # a step asks hundreds of times
+def _requested(op: str, of_all: str) -> str:
     choice = "auto"
-    for entry in filter(None, os.environ.get("PERA_FAST_BACKEND", "auto").split(",")):
+    for entry in filter(None, of_all.split(",")):
         name, _, backend = entry.strip().rpartition("=")
         if backend not in (*BACKENDS, "auto"):
             raise BackendError(

@@ -171,12 +171,11 @@ def device_name(device: str) -> str:
     """The GPU's name, or the CPU's with its core count."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    # The name may leave the processor's generation open, as cloud machines' do.
+    facts = dict(line.split(":", 1) for line in reversed(_lines("/proc/cpuinfo")) if ":" in line)
+    known = {name.strip(): value.strip() for name, value in facts.items()}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in known:  # the name may leave the processor's generation open, as cloud machines' do
+        name += f" {known['cpu family']}/{known['model']}"
     return f"{name} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 

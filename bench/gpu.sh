@@ -69,7 +69,7 @@ export PERA_FAST_REQUIRE_CUDA=1
 # xformers' kernels are built for CUDA 12, whose runtime a package brings (nvidia-cuda-runtime-cu12).
 runtime=$("$PYTHON" -c "import glob, sys
 print(*(found for path in sys.path for found in glob.glob(path + '/nvidia/cuda_runtime/lib')), sep=':')")
-export LD_LIBRARY_PATH=$runtime:${LD_LIBRARY_PATH:-}
+export LD_LIBRARY_PATH=$runtime${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # as in training, for peers too
 part imports 20 "$PYTHON" -c "import dacite, rasterio, tyro"
 part build 120 "$PYTHON" -m pip install --no-deps --no-build-isolation -e .

@@ -38,9 +38,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on some rank."""
-        return (
-            flag if self.ranks == 1 else bool(self.sum(torch.full((), float(flag), device=self.device)) > 0)
-        )
+        if self.ranks > 1:
+            flag = self.sum(torch.full((), float(flag), device=self.device)).item() > 0
+        return flag
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every rank's tensor of the same shape, by rank, without gradient."""
@@ -100,15 +100,14 @@ def _store(timeout: timedelta) -> dist.Store:
 
 
 def _let_memory_grow() -> None:
-    """Have PyTorch's allocator extend its blocks instead of adding others, unless the user has set it up: without,
-    a step leaves a seventh of the memory unused between blocks, and a recorded one a quarter. Must come
-    before the first allocation on a GPU.
+    """Have PyTorch's allocator extend its blocks instead of adding others, unless the user has set it up: without, a
+    step leaves a seventh of the memory unused between blocks, and a recorded one a quarter.
+
+    Must come before the first allocation on a GPU. NCCL must not register such memory for a recorded step.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        os.environ.setdefault(
-            "NCCL_GRAPH_REGISTER", "0"
-        )  # NCCL cannot register such memory for a recorded step
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
 @contextmanager

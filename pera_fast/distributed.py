@@ -99,15 +99,21 @@ def _store(timeout: timedelta) -> dist.Store:
             return own
 
 
-def _let_memory_grow() -> None:
-    """Have PyTorch's allocator extend its blocks instead of adding others, unless the user has set it up: without, a
-    step leaves a seventh of the memory unused between blocks, and a recorded one a quarter.
-
-    Must come before the first allocation on a GPU. NCCL must not register such memory for a recorded step.
+def _use_gpu(number: int) -> None:
+    """Make a GPU the current one, and have PyTorch's allocator there extend its blocks instead of adding others, unless
+    the user has set it up: without, a step leaves a seventh of the memory unused between blocks, and a recorded one a
+    quarter. NCCL must not register such memory for a recorded step.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    is_set_up = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if not is_set_up:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    torch.cuda.set_device(number)  # which reads the setting
+    if not is_set_up:
+        try:
+            torch.empty(1, device="cuda")
+        except RuntimeError:  # not every driver maps memory to addresses
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
 @contextmanager
@@ -125,8 +131,7 @@ def world(device_name: str) -> Iterator[World]:
         gpus = torch.cuda.device_count()
         raise ConfigError(f"nproc-per-node: expected at most one rank per GPU, {gpus}, got rank {local_rank}")
     if use_cuda:
-        _let_memory_grow()
-        torch.cuda.set_device(local_rank)
+        _use_gpu(local_rank)
         # Graphs cannot be recorded on the default stream, nor can the gradients of what was made there.
         torch.cuda.set_stream(torch.cuda.Stream())
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")

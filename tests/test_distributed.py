@@ -49,7 +49,10 @@ def test_an_error_on_one_rank_ends_it(backend: str) -> None:
 
 
 @pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_allocator_is_set_up_unless_it_is(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("maps_memory", [True, False])
+def test_the_allocator_is_set_up_unless_it_is(
+    given: str | None, maps_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER")
     for name in names:
         monkeypatch.setenv(name, "")  # so that what is set is taken back
@@ -60,12 +63,21 @@ def test_the_allocator_is_set_up_unless_it_is(given: str | None, monkeypatch: py
         monkeypatch.setattr(torch.cuda, name, lambda value=stand_in: value)
     for name in ("set_device", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    set_later: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_later.append)
+
+    def empty(*_: int, device: str) -> None:
+        if device == "cuda" and not maps_memory:
+            raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch, "empty", empty)
     with world("cuda"):
         found = {name: os.environ[name] for name in names if name in os.environ}
     if given:
         assert found == {given: "max_split_size_mb:512"}
     else:
         assert found == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}
+    assert set_later == ([] if given or maps_memory else ["expandable_segments:False"])
 
 
 @needs_cuda

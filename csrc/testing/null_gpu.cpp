@@ -24,7 +24,7 @@
 namespace {
 
 constexpr size_t kPage = 2 << 20, kTouched = 64 << 10;  // larger copies are not made
-constexpr int kOutOfMemory = 2;
+constexpr int kOutOfMemory = 2, kNotSupported = 801;
 
 std::mutex mutex;
 std::map<uintptr_t, size_t> device_memory, pinned_memory;  // start -> bytes
@@ -127,6 +127,7 @@ int reserve_addresses(uintptr_t* start, size_t bytes, size_t, uintptr_t, unsigne
 }
 int free_addresses(uintptr_t start, size_t bytes) { return munmap(reinterpret_cast<void*>(start), bytes); }
 int create_memory(uintptr_t* handle, size_t bytes, const void*, unsigned long long) {
+  if (getenv("NULL_GPU_WITHOUT_MAPPING")) return kNotSupported;
   return take(bytes) ? (*handle = bytes, 0) : kOutOfMemory;
 }
 int release_memory(uintptr_t handle) {
@@ -380,6 +381,7 @@ cudaError_t cudaGetLastError() {
 
 // --- driver ---
 
+int cuGetErrorString(int, const char** text) { return *text = "an error of the null GPU", 0; }
 cudaError_t cudaGetDriverEntryPointByVersion(
     const char* name, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
   static const std::map<std::string, void*> known = {
@@ -390,6 +392,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(
       {"cuMemRelease", reinterpret_cast<void*>(release_memory)},
       {"cuMemMap", reinterpret_cast<void*>(map_memory)},
       {"cuMemUnmap", reinterpret_cast<void*>(unmap_memory)},
+      {"cuGetErrorString", reinterpret_cast<void*>(cuGetErrorString)},
   };
   const auto found = known.find(name);
   *function = found == known.end() ? reinterpret_cast<void*>(succeed) : found->second;
@@ -408,7 +411,6 @@ int cuCtxSetLimit(int, size_t) { return 0; }
 int cuFuncGetAttribute(int* value, int which, void*) { return *value = which == 0 ? 1024 : 0, 0; }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuFuncSetCacheConfig(void*, int) { return 0; }
-int cuGetErrorString(int, const char** text) { return *text = "an error of the null GPU", 0; }
 int cuModuleLoad(void** module, const char*) { return *module = malloc(1), 0; }
 int cuModuleLoadData(void** module, const void*) { return *module = malloc(1), 0; }
 int cuModuleLoadDataEx(void** module, const void*, unsigned, void*, void*) { return *module = malloc(1), 0; }

@@ -12,7 +12,6 @@ attention here.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,10 +35,15 @@ PROTOTYPES, DROP_PATH = 131072, 0.3
 
 def on_the_host(work: Path) -> None:
     """Build the CUDA library and the null GPU for it, and start this file again on that one."""
+    sys.path.insert(0, str(ROOT))  # the package need not be installed
+    import torch
     from compare import commit
 
+    if torch.version.cuda is None:
+        sys.exit(f"error: torch: expected a CUDA build, got {torch.__version__}")
     library, copy = work / "libcuda.so.1", work / "tree"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "gpu_out", "site"))
+    (copy / "pera_fast/kernels").symlink_to(copy / "kernels")  # as an installation has it
     # The CUDA library brings a runtime of its own, which would look for a driver.
     build = {**os.environ, "NVCC_APPEND_FLAGS": "-cudart shared", "TORCH_CUDA_ARCH_LIST": "9.0"}
     subprocess.run(
@@ -67,14 +71,8 @@ def on_the_host(work: Path) -> None:
             [sys.executable, str(copy / "bench/null_gpu.py"), preset], env=environment, check=True, cwd=work,
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        rows.append(
-            {
-                "preset": preset,
-                "gpu_mib": mebibytes,
-                "commit": commit(),
-                **json.loads(done.stdout.splitlines()[-1]),
-            }
-        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"preset": preset, "gpu_mib": mebibytes, "commit": commit(), **found})
         print(rows[-1], flush=True)
     RESULT.write_text(json.dumps({"null_gpu": rows}, indent=1) + "\n")
 
@@ -82,13 +80,14 @@ def on_the_host(work: Path) -> None:
 def on_the_null_gpu(preset: str) -> dict[str, Any]:
     """Of one preset on a GPU of this size."""
     import torch
-    from bench_step import VALUES, config_of
+    from bench_step import VALUES, config_of, peaks_of
     from workload import batch
     from workload import statistics as image_statistics
 
     from pera_fast.batch import choose
     from pera_fast.distributed import world
     from pera_fast.engine import Engine
+    from pera_fast.plan import largest_batch, line_through
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN looks for a driver by itself
     torch.backends.cudnn.enabled = False
@@ -102,9 +101,12 @@ def on_the_null_gpu(preset: str) -> dict[str, Any]:
 
     facts: dict[str, Any] = {"torch": torch.__version__}
     with world("cuda") as on, patch.object(Engine, "_to_host", zeros_to_host):
+        config, sizes = config_of(preset, PROTOTYPES, DROP_PATH, "bf16"), (32, 64)
         for name, side in (("ours", 0), ("eager", 1)):
-            facts[f"{name}_bytes_per_image"], facts[f"{name}_largest_batch"] = largest_batch(preset, side)
-        config = config_of(preset, PROTOTYPES, DROP_PATH, "bf16")
+            with masks_of_known_size():
+                line = line_through(sizes, peaks_of(config, side, sizes))
+            facts[f"{name}_bytes_per_image"] = line[1]
+            facts[f"{name}_largest_batch"] = largest_batch(*line, torch.cuda.mem_get_info()[0])
         engine = Engine(config, image_statistics(), on)
         config, predicted = choose(engine, config, on)
         engine.config = config
@@ -128,33 +130,6 @@ def on_the_null_gpu(preset: str) -> dict[str, Any]:
         }  # fmt: skip
         engine.release()
     return facts
-
-
-def largest_batch(preset: str, side: int) -> tuple[float, int]:
-    """(Bytes of an image, images that fit with the same margin) of a step of ours, 0, or of the eager one, 1."""
-    import torch
-    from bench_step import PEERS, config_of, sides
-
-    from pera_fast.plan import largest_batch as largest
-    from pera_fast.plan import line_through
-
-    sizes, peaks = (32, 64), []
-    for images in sizes:
-        with ExitStack() as closing:
-            closing.enter_context(masks_of_known_size())
-            step = sides(config_of(preset, PROTOTYPES, DROP_PATH, "bf16"), images, PEERS[0], "cuda", closing)[
-                side
-            ]
-            step()  # moments and workspaces stay
-            gc.collect()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            peaks.append(torch.cuda.max_memory_allocated())
-            del step
-            gc.collect()
-            torch.cuda.empty_cache()
-    line = line_through(sizes, peaks)
-    return line[1], largest(*line, torch.cuda.mem_get_info()[0])
 
 
 @contextmanager

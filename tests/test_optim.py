@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE, python_path, tiny_config
+from conftest import ONE, several_ranks, tiny_config
 from test_engine import assert_near, run, state
 from torch import Tensor, nn
 
@@ -331,18 +328,7 @@ def _sharded_rank(out: str, scale: str) -> None:
 
 @pytest.mark.parametrize("scale", [1, -1])
 def test_shards_of_fsdp2_are_updated_in_place(scale: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "sharded.pt"), str(scale)],
-            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_PORT": port,
-                 "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    assert [r.wait(timeout=180) for r in ranks] == [0, 0]
+    several_ranks(__file__, 2, tmp_path / "sharded.pt", scale)
     model, teacher = network(), network()
     optimizer = steps(model, teacher, scale)
     moments = [optimizer.state[p]["exp_avg"] for p in model.parameters()]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pera_fast import ops
 from pera_fast.config import ModelConfig
 from pera_fast.model.shadow import weight_of
-from pera_fast.ops.packed_attention import attention_parts
+from pera_fast.ops.packed_attention import attention_parts, join_parts
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
@@ -87,7 +87,7 @@ class Attention(Branch):
         return attention_parts(hidden.unflatten(-1, (3, self.num_heads, -1)), groups)
 
     def leave(self, *kept: Tensor) -> Tensor:
-        return _linear(self.proj, (kept[0] if len(kept) == 1 else torch.cat(kept)).flatten(1))
+        return _linear(self.proj, join_parts(kept).flatten(1))
 
 
 class Mlp(Branch):

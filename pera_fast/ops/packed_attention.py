@@ -75,6 +75,11 @@ def attention_parts(qkv: Tensor, groups: Groups) -> list[Tensor]:
     return [packed_attention(qkv, groups)]
 
 
+def join_parts(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """`packed_attention` from its `attention_parts`."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for name, x in (("k", key), ("v", value)):
         got, expected = ((list(t.shape), t.dtype, t.device) for t in (x, query))
@@ -174,11 +179,11 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     if qkv.dtype == torch.float64:
-        return _join(_sdpa(qkv, groups, scale))
+        return join_parts(_sdpa(qkv, groups, scale))
     # On a GPU no tile of a larger head fits into the registers, and the largest product is taken for the largest score.
     is_large = qkv.shape[3] > (64 if qkv.dtype == torch.float32 else 128)
     if qkv.device.type != "cpu" and (is_large or scale <= 0):
-        return _join(_sdpa(qkv, groups, scale))
+        return join_parts(_sdpa(qkv, groups, scale))
     if qkv.dtype == torch.float16 and qkv.device.type == "cpu":
         return _kernels(qkv.float(), groups, scale).half()  # rare on a CPU, and exact in float32
     counts, lengths = [n for n, _ in groups], [length for _, length in groups]
@@ -219,7 +224,7 @@ _SHORT = 32
 
 
 def _torch(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
-    return _join(_parts(qkv, groups, scale))
+    return join_parts(_parts(qkv, groups, scale))
 
 
 def _parts(qkv: Tensor, groups: Groups, scale: float) -> list[Tensor]:
@@ -229,10 +234,6 @@ def _parts(qkv: Tensor, groups: Groups, scale: float) -> list[Tensor]:
     if is_by_choice or qkv.device.type != "cuda" or not has_kernels or _library.why_no_triton() is not None:
         return _sdpa(qkv, groups, scale)
     return _sdpa(qkv, groups, scale, longer_than=_SHORT)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sdpa(qkv: Tensor, groups: Groups, scale: float, longer_than: int = 0) -> list[Tensor]:

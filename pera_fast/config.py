@@ -68,10 +68,10 @@ class ModelConfig:
     """Bands of the input images."""
     drop_path: float = 0.3
     """Share of sequences each student branch leaves out (0 turns drop path off)."""
-    activation: Literal["none", "norms", "blocks"] = "none"
-    """What the backward pass makes again rather than keep, for larger batches: nothing but the output of GELU, which
-    costs next to nothing; that of LayerNorm, too; or everything but the normalised input of each attention
-    and MLP."""
+    activation: Literal["none", "norms", "blocks"] = "norms"
+    """What the backward pass does without, for larger batches: nothing but the output of GELU, which is quickly made
+    again; that of LayerNorm, too, as gradients follow from the normalised rows just as well; or everything but the
+    normalised input of each attention and MLP, from which the rest is made again."""
     head_hidden_dim: int = 2048
     """Hidden width of the CLS and pixel heads."""
     head_bottleneck_dim: int = 384

@@ -262,14 +262,11 @@ class Engine:
 
     def _inputs(self, step: int, batches: Sequence[Batch]) -> list[Input]:
         """Everything of a step that the host has a part in: patches and subsets of each forward pass."""
-        crops = self.config.crops
-        patches = [
-            piece
-            for part, batch in enumerate(batches)
-            for piece in split_patches(
-                self.patches(step, part, batch), self._passes_per_batch, crops.num_global, crops.num_local
-            )
-        ]
+        crops, patches = self.config.crops, []
+        graph = self._graph if self._passes_per_batch == 1 else None  # parts are not where the whole was
+        for part, batch in enumerate(batches):
+            whole_pass = self.patches(step, part, batch, None if graph is None else graph.inputs[part][0])
+            patches += split_patches(whole_pass, self._passes_per_batch, crops.num_global, crops.num_local)
         return [(one, self._subsets(step, part, one)) for part, one in enumerate(patches)]
 
     def _recorded(self, inputs: list[Input] | None) -> StepGraph | None:
@@ -393,8 +390,8 @@ class Engine:
         copy.load_state_dict(weights)
         return copy.to(self.world.device).requires_grad_(False)
 
-    def patches(self, step: int, part: int, batch: Batch) -> Patches:
-        """The used patches of a batch's crops, on this rank's device."""
+    def patches(self, step: int, part: int, batch: Batch, into: Patches | None = None) -> Patches:
+        """The used patches of a batch's crops, on this rank's device. into: whose pixels are overwritten by theirs."""
         config, device = self.config.crops, self.world.device
         if batch.buffer.device.type != device.type:
             batch = batch.to(device)
@@ -403,15 +400,23 @@ class Engine:
         row_size = self.config.model.in_bands * patch_px**2
         dtype = torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32
 
-        def packed(counts: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
+        def packed(counts: list[tuple[int, int]], rows: Tensor | None) -> tuple[Tensor, list[Tensor]]:
             """One matrix for all crops, and its rows of each crop size as [n, rows, row size]."""
-            rows = torch.empty(sum(n * count for n, count in counts), row_size, dtype=dtype, device=device)
+            if rows is None:
+                rows = torch.empty(
+                    sum(n * count for n, count in counts), row_size, dtype=dtype, device=device
+                )
             parts = rows.split([n * count for n, count in counts])
             return rows, [x.view(n, count, row_size) for x, (n, count) in zip(parts, counts, strict=True)]
 
-        student, students = packed([(len(m.student), 1 + m.student.shape[1]) for m in masks])
-        teacher, teachers = packed([(len(m.teacher), 1 + m.teacher.shape[1]) for m in masks])
-        _, targets = packed([(len(m.target), m.target.shape[1]) for m in masks])
+        own = (
+            (None,) * 3
+            if into is None
+            else (into.student_rows, into.target_pixels.flatten(0, 1), into.teacher_rows)
+        )
+        student, students = packed([(len(m.student), 1 + m.student.shape[1]) for m in masks], own[0])
+        _, targets = packed([(len(m.target), m.target.shape[1]) for m in masks], own[1])
+        teacher, teachers = packed([(len(m.teacher), 1 + m.teacher.shape[1]) for m in masks], own[2])
         images, sizes = batch.images, (config.global_px, config.local_px)
         for i, (table, mask, crop_px) in enumerate(zip(tables, masks, sizes, strict=False)):
             ops.crop_patches(

@@ -50,12 +50,15 @@ class StepGraph:
     inputs: nested tuples and lists of tensors; what else is in them must be equal at every call. The function must
     not wait for the device, and everything that changes from call to call must come in through a tensor. The
     tensor it returns is overwritten by the next call.
+
+    Its buffers, `inputs`, are free to be filled beforehand, on the same stream, once the call before has been made:
+    of inputs that lie there already nothing is copied.
     """
 
     def __init__(
         self, function: Callable[[Any], Tensor], inputs: Any, record: Record = record_on_gpu
     ) -> None:
-        own = tree_map_only(Tensor, Tensor.clone, inputs)
+        self.inputs = own = tree_map_only(Tensor, Tensor.clone, inputs)
         self._buffers = _flat(own)
         self._output, self._recorded = record(lambda: function(own))
 
@@ -69,13 +72,15 @@ class StepGraph:
                         f"inputs: expected {buffer.dtype} {list(buffer.shape)} as recorded in place {place}, got "
                         f"{x.dtype} {list(x.shape)}"
                     )
-                targets.append(buffer)
-                sources.append(x)
+                if x.data_ptr() != buffer.data_ptr():
+                    targets.append(buffer)
+                    sources.append(x)
             elif isinstance(buffer, Tensor) or isinstance(x, Tensor):
                 raise ValueError("inputs: expected the structure of those recorded, got another")
             elif x != buffer:
                 raise ValueError(f"inputs: expected {buffer} as recorded in place {place}, got {x}")
-        torch._foreach_copy_(targets, sources, non_blocking=True)
+        if targets:
+            torch._foreach_copy_(targets, sources, non_blocking=True)
         self._recorded.replay()
         return self._output
 

@@ -91,13 +91,12 @@ def plan(config: Config, on_gpu: bool = False, sizes: tuple[int, int] = (8, 16))
 def input_bytes(config: Config, itemsize: int = 1, passes: int = 1) -> int:
     """Bytes on a GPU of an image in each of a step's passes, besides what one pass holds: its pixels, of this step
     and of the next, which are copied ahead, and the other passes' patches. Where steps are recorded, and hold on to
-    their memory, the pixels of one batch more, and the patches of the next step. itemsize: bytes of a pixel's band."""
+    their memory, the pixels of one batch more. itemsize: bytes of a pixel's band."""
     source = config.model.in_bands * config.data.window_px**2 * itemsize
     groups, *rows = synthetic_patches(config, 1, torch.device("meta"))
     patches = sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
-    if not config.run.cuda_graph or config.run.shard != "none":
-        return 2 * passes * source + (passes - 1) * patches
-    return (2 * passes + 1) * source + (2 * passes - 1) * patches
+    is_recorded = config.run.cuda_graph and config.run.shard == "none"
+    return (2 * passes + is_recorded) * source + (passes - 1) * patches
 
 
 def peak_bytes(config: Config, images: int) -> int:

@@ -167,11 +167,11 @@ def test_a_step_does_not_depend_on_what_was_prepared(
     batches = list(make_loader(dataset, 0, 3))
     schedules, patches, cropped = Schedules.of(config, len(dataset), 1), engine.patches, []
 
-    def counted(step: int, part: int, batch: Any) -> Any:
+    def counted(step: int, part: int, batch: Any, into: Any) -> Any:
         cropped.append((step, part))
         if prepared == "without memory" and len(cropped) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return patches(step, part, batch)
+        return patches(step, part, batch, into)
 
     monkeypatch.setattr(engine, "patches", counted)
     for step in range(3):

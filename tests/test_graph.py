@@ -65,6 +65,19 @@ def record(function: Callable[[], Tensor]) -> tuple[Tensor, Recorder]:
     return output, recorder
 
 
+class Copies(TorchDispatchMode):
+    """Notes what is copied into the buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: list[list[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.copied.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def test_replayed_on_new_inputs() -> None:
     weight = torch.ones(3)
 
@@ -78,6 +91,15 @@ def test_replayed_on_new_inputs() -> None:
         x, before = torch.full((3,), float(i)), weight.clone()
         got = graph(((x, ["a", "b"]), torch.tensor(0.5)))
         assert torch.equal(got, (x * (before + 3 * i) + 0.5) * 2)
+
+
+def test_inputs_put_where_they_are_read() -> None:
+    graph = StepGraph(lambda inputs: inputs[0] * inputs[1], (torch.zeros(3), torch.zeros(3)), record)
+    graph.inputs[0].fill_(2)
+    with Copies() as seen:
+        got = graph((graph.inputs[0].view(3), torch.ones(3)))
+    assert torch.equal(got, torch.full((3,), 2.0))
+    assert [len(targets) for targets in seen.copied] == [1]
 
 
 def test_inputs_are_not_kept() -> None:
@@ -146,6 +168,11 @@ def test_training_through_the_graph_is_training(
         inputs = recorded._inputs(2, _batches(image_folder, config, recorded))
     assert recorded._recorded(inputs)
     _put_back(recorded, before)
+    prepared = recorded._inputs(5, _batches(image_folder, config, recorded))
+    for (patches, _), (buffers, _) in zip(prepared, recorded._graph.inputs, strict=True):
+        assert [x.data_ptr() for x in patches[1:]] == [x.data_ptr() for x in buffers[1:]], (
+            "no second copy of pixels"
+        )
     _, later = run(image_folder, config, 6, start=2, engine=recorded)
     assert len(calls) == 1, "the steps are replayed, not taken"
     for key, value in state(plain).items():

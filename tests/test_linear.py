@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import three_way
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from pera_fast import ops
+from pera_fast.ops.linear import Norm
 
 linear_module = sys.modules["pera_fast.ops.linear"]  # the function of that name hides it
 _here = linear_module._traits()
@@ -102,6 +105,58 @@ def test_torch_without_onednn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(ops.linear(x, weight, bias), want)
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def _of_norm(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A product of x * scale + shift that keeps x, as residual_norm and it do between them."""
+    y = torch.addcmul(shift, x, scale).to(x.dtype)
+    return ops.linear(y, weight, bias, norm=Norm(x.detach(), scale.detach(), shift.detach()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("traits", [(False, False), (True, False), (False, True), (True, True), None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "features", "dim"), [(1, 1, 1), (7, 48, 20), (307, 96, 129), (3072, 16, 33)]
+)
+def test_gradients_from_normalised_rows(
+    rows: int, features: int, dim: int, dtype: torch.dtype, traits: tuple[bool, bool] | None, backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Three-way. traits: None stands for a GPU's path. Scale and shift are far from 1 and 0, as after training."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"linear={backend}")
+    if traits is not None:
+        monkeypatch.setattr(linear_module, "_traits", lambda: _traits(*traits))
+    x, weight, bias = torch.randn(rows, features), torch.randn(dim, features), torch.randn(dim)
+    scale, shift = torch.randn(features).exp(), 2 * torch.randn(features)
+
+    def eager(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(torch.addcmul(shift, x, scale).to(x.dtype), weight, bias)
+
+    inputs = [t.to(dtype) for t in (x, scale, shift, weight, bias)]
+    with linear_module.plain() if traits is None else nullcontext():
+        three_way(_of_norm, eager, *inputs, slack=1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_normalised_rows_are_kept_instead(precision: torch.dtype) -> None:
+    """Under autocast as outside, of which nothing else is left once the caller has let go of x."""
+    weight, bias = torch.randn(3, 8, requires_grad=True), torch.randn(3, requires_grad=True)
+    n = torch.randn(5, 8, dtype=precision)
+    x = torch.randn(5, 8, dtype=precision, requires_grad=True) + 1
+    kept = StorageWeakRef(x.untyped_storage())
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        y = ops.linear(x, weight, bias, norm=Norm(n, torch.ones(8), torch.zeros(8)))
+    assert y.dtype == precision
+    del x
+    assert kept.expired()
+    y.sum().backward()
+    slack = 1e-6 if precision == torch.float32 else 2e-2
+    torch.testing.assert_close(weight.grad, n.float().sum(0).expand(3, 8), rtol=slack, atol=slack)
+    torch.testing.assert_close(bias.grad, torch.full((3,), 5.0))
+
+
 @pytest.mark.skipif(not _here.has_onednn, reason="torch has no oneDNN")
 def test_a_checkpoint_takes_no_product_twice() -> None:
     """What is made again for the backward pass ends where the product's operands are there."""
@@ -138,19 +193,21 @@ def test_the_result_can_be_changed_in_place(rows: int, monkeypatch: pytest.Monke
 
 @pytest.mark.filterwarnings("error:Dynamo")
 @pytest.mark.parametrize("traits", [None, (False, False), (True, True)])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("precision", DTYPES)
 def test_under_torch_compile(
-    precision: torch.dtype, traits: tuple[bool, bool] | None, monkeypatch: pytest.MonkeyPatch
+    precision: torch.dtype, has_norm: bool, traits: tuple[bool, bool] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if traits is not None:
         found = _traits(*traits)
         monkeypatch.setattr(linear_module, "_traits", lambda: found)
     torch._dynamo.reset()
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((20, 8), (4, 8), (4,))]
+    norm = Norm(leaves[0].detach(), torch.ones(8), torch.zeros(8)) if has_norm else None
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            return ops.linear(*leaves).float().square().sum()
+            return ops.linear(*leaves, norm=norm).float().square().sum()
 
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), leaves)
     slack = 1e-5 if precision == torch.float32 else 4e-2
@@ -183,3 +240,16 @@ def test_float64_stays_float64_under_autocast() -> None:
 def test_bad_input(shapes: tuple[tuple[int, ...] | None, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ops.linear(*(None if shape is None else torch.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sentence"),
+    [
+        (((3, 4), (4,), (4,)), r"norm.normalised: expected shape \[2, 4\], got \[3, 4\]"),
+        (((2, 4), (2,), (4,)), r"norm.weight: expected shape \[4\], got \[2\]"),
+        (((2, 4), (4,), (1,)), r"norm.bias: expected shape \[4\], got \[1\]"),
+    ],
+)
+def test_a_norm_of_something_else(shapes: tuple[tuple[int, ...], ...], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ops.linear(torch.zeros(2, 4), torch.zeros(5, 4), norm=Norm(*(torch.zeros(shape) for shape in shapes)))

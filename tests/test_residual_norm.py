@@ -131,6 +131,37 @@ def test_a_chain_of_inplace_steps_equals_autograd_of_the_reference(monkeypatch: 
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("has_branch", [False, True])
+@pytest.mark.parametrize("needs_gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_before_weight_and_bias(
+    dtype: torch.dtype, needs_gradients: bool, has_branch: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come without a gradient, and change neither the other outputs nor their gradients."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"residual_norm={backend}")
+    c = case(60, 48, 0.7, dtype)
+    if not has_branch:
+        c |= {"branch": None, "rows": None, "scale": None}
+    leaves = [
+        c[n].requires_grad_(needs_gradients) for n in ("x", "branch", "weight", "bias") if c[n] is not None
+    ]
+    *want, n = ops.residual_norm(**c, dtype=dtype, with_normalised=True)
+    got = ops.residual_norm(**c, dtype=dtype)
+    assert len(got) == 2 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert n.dtype == dtype and not n.requires_grad
+    slack = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        (n.float() * c["weight"] + c["bias"]).to(dtype), got[1], rtol=slack, atol=slack
+    )
+    if needs_gradients:
+        gradients = [torch.autograd.grad(a.sum() + b.float().square().sum(), leaves) for a, b in (got, want)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+    after, y, n = ops.residual_norm(**{**c, "weight": None, "bias": None}, dtype=dtype, with_normalised=True)
+    assert torch.equal(y, n) and not n.requires_grad and torch.equal(after, got[0])
+
+
 @needs_cpp
 def test_same_bits_for_any_number_of_threads() -> None:
     c = case(2000, 48, 0.7, torch.float32)

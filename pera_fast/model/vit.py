@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pera_fast import ops
 from pera_fast.config import ModelConfig
 from pera_fast.model.shadow import weight_of
+from pera_fast.ops.linear import Norm
 from pera_fast.ops.packed_attention import attention_parts, join_parts
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
@@ -31,8 +32,14 @@ class Subset(NamedTuple):
     scale: Tensor | None = None  # float32 [r], b / subset size of the row's group
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return ops.linear(x, weight_of(layer), layer.bias)
+def _linear(layer: nn.Linear, x: Tensor, norm: Norm | None = None) -> Tensor:
+    return ops.linear(x, weight_of(layer), layer.bias, norm=norm)
+
+
+def _low(x: Tensor) -> torch.dtype:
+    """That of the products of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _gelu_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
@@ -51,7 +58,8 @@ class Branch(nn.Module):
     """Half of a block, in three parts: `enter` is its first product; what `attend` makes of it is kept for the
     backward pass; `leave` is the last product, and what comes before it and is quickly made again."""
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """norm: what x was made of, and is kept instead of it."""
         raise NotImplementedError
 
     def attend(self, hidden: Tensor, groups: Groups) -> list[Tensor]:
@@ -60,16 +68,25 @@ class Branch(nn.Module):
     def leave(self, *kept: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, groups: Groups, recompute: str, affine: tuple[Tensor, Tensor]) -> Tensor:
-        """[rows, D] -> [rows, D]. x: normalised; with `recompute`, before the norm's weight and bias, `affine`."""
+    def forward(
+        self,
+        x: Tensor,
+        groups: Groups,
+        recompute: str,
+        affine: tuple[Tensor, Tensor],
+        normalised: Tensor | None = None,
+    ) -> Tensor:
+        """[rows, D] -> [rows, D]. x: after the norm; with recompute "blocks", before its weight and bias, `affine`.
+        normalised: given, kept instead of x, which it is before weight and bias."""
         weight, bias = affine
 
-        def enter(x: Tensor) -> Tensor:
-            return self.enter(torch.addcmul(bias, x, weight).to(x.dtype))
+        def whole(x: Tensor) -> Tensor:
+            hidden = self.enter(torch.addcmul(bias, x, weight).to(x.dtype))
+            return self.leave(*self.attend(hidden, groups))
 
         if recompute == "blocks":
-            return _again(lambda x: self.leave(*self.attend(enter(x), groups)), x)
-        hidden = self.enter(x) if recompute == "none" else _again(enter, x)
+            return _again(whole, x)
+        hidden = self.enter(x, None if normalised is None else Norm(normalised, weight, bias))
         return _again(self.leave, *self.attend(hidden, groups))
 
 
@@ -80,8 +97,8 @@ class Attention(Branch):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return _linear(self.qkv, x)
+    def enter(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return _linear(self.qkv, x, norm)
 
     def attend(self, hidden: Tensor, groups: Groups) -> list[Tensor]:
         return attention_parts(hidden.unflatten(-1, (3, self.num_heads, -1)), groups)
@@ -96,8 +113,8 @@ class Mlp(Branch):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def enter(self, x: Tensor) -> Tensor:
-        return _linear(self.fc1, x)
+    def enter(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return _linear(self.fc1, x, norm)
 
     def leave(self, *kept: Tensor) -> Tensor:  # GELU: a hundredth of the step's work, a quarter of its memory
         return _gelu_linear(self.fc2, *kept)
@@ -182,31 +199,25 @@ class VisionTransformer(nn.Module):
         """Run the blocks on x [rows, D], which is overwritten; subsets: one per branch (attention, MLP, …)."""
         output, last = None, Subset(())
         recompute = self.recompute if torch.is_grad_enabled() else "none"
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _low(x)
         blocks = cast(list[Block], list(self.blocks))
         branches = [pair for b in blocks for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))]
         for (norm, branch), subset in zip(branches, subsets, strict=True):
-            weight, bias = (norm.weight, norm.bias) if recompute == "none" else (None, None)
-            x, normed = ops.residual_norm(
-                x,
-                output,
-                last.rows,
-                last.scale,
-                subset.rows,
-                weight,
-                bias,
-                norm.eps,
-                dtype=dtype,
-                inplace=True,
-            )
-            output, last = branch(normed, subset.groups, recompute, (norm.weight, norm.bias)), subset
+            weight, bias = (None, None) if recompute == "blocks" else (norm.weight, norm.bias)
+            x, y, *normalised = ops.residual_norm(
+                x, output, last.rows, last.scale, subset.rows, weight, bias, norm.eps,
+                dtype=dtype, inplace=True, with_normalised=recompute == "norms",
+            )  # fmt: skip
+            output = branch(y, subset.groups, recompute, (norm.weight, norm.bias), *normalised)
+            last = subset
         return x if output is None else ops.residual_add(x, output, last.rows, last.scale, inplace=True)
 
     def norm_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """The final LayerNorm, of chosen rows only. x [R, D], rows int64 [r] -> [r, D]."""
         norm = self.norm
-        return ops.residual_norm(x, None, None, None, rows, norm.weight, norm.bias, norm.eps)[1]
+        return ops.residual_norm(x, None, None, None, rows, norm.weight, norm.bias, norm.eps, dtype=_low(x))[
+            1
+        ]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features of whole images: normalised [b, C, H, W] -> (CLS [b, D], patches [b, L, D]), after the norm.

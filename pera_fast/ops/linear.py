@@ -16,10 +16,21 @@ from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class Norm(NamedTuple):
+    """What x = normalised * weight + bias was made of."""
+
+    normalised: Tensor  # float [R, F]
+    weight: Tensor  # float [F]
+    bias: Tensor  # float [F]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None) -> Tensor:
     """torch.nn.functional.linear of rows: x · weightᵀ + bias.
 
     x: float [R, F]. weight: float [D, F] in x's dtype, or any where autocast says which. bias: float [D].
+    norm: what x was made of by `residual_norm`, which keeps `normalised` for its backward pass: so does this one then,
+    instead of x. Of a gradient G of the output, Gᵀx = (Gᵀ normalised) * norm.weight + (Σ G) ⊗ norm.bias. Gradients
+    flow through x alone.
 
     Returns [R, D]. Raises ValueError when the shapes do not fit.
     """
@@ -29,7 +40,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"weight: expected shape [D, {x.shape[1]}], got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
-    return _dispatch.function("linear", x.device.type)(x, weight, bias)
+    if norm is not None:
+        shapes = [x.shape, x.shape[1:], x.shape[1:]]
+        for name, value, shape in zip(Norm._fields, norm, shapes, strict=True):
+            if value.shape != shape:
+                raise ValueError(f"norm.{name}: expected shape {list(shape)}, got {list(value.shape)}")
+    return _dispatch.function("linear", x.device.type)(x, weight, bias, norm)
 
 
 _is_plain = False
@@ -46,49 +62,53 @@ def plain() -> Iterator[None]:
         _is_plain = before
 
 
-def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    on = x.device.type
-    if (
-        _is_plain
-        or on != "cpu"
-        or 0 in (x.numel(), weight.numel())
-        or torch.float64 in (x.dtype, weight.dtype)
-    ):
+def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    if x.is_meta or 0 in (x.numel(), weight.numel()) or torch.float64 in (x.dtype, weight.dtype):
         return F.linear(x, weight, bias)
+    on = x.device.type
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
-    of_one_dtype = dtype == torch.bfloat16 or dtype == x.dtype == weight.dtype == torch.float32
-    if not of_one_dtype or not (_takes_onednn(dtype) or _is_wide(dtype)):
+    # Of float32 where the operands are, or what both are made.
+    of_one_dtype = dtype == x.dtype == weight.dtype if dtype == torch.float32 else dtype in _LOW
+    is_ours = norm is not None or _takes_onednn(x, dtype) or _is_wide(x, dtype)
+    if not of_one_dtype or not is_ours:
         return F.linear(x, weight, bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():  # wide: its gradients follow from what is traced
-        with torch.autocast("cpu", enabled=False):
+    if torch.compiler.is_compiling():  # its gradients follow from what is traced
+        with torch.autocast(on, enabled=False):
             return _product(x, weight, bias)
-    out = _Product.apply(x, weight, bias)
+    out = _Product.apply(x, weight, bias, *(norm or (None,) * 3))
     # Now and not within: a checkpoint that makes x again for the backward pass stops once x is saved, before this.
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast(on, enabled=False):
         out.data = _product(x, weight, bias)
     return out
+
+
+_LOW = (torch.bfloat16, torch.float16)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of tensors of one dtype, in it."""
     dtype = x.dtype
-    if _is_wide(dtype):
+    if _is_wide(x, dtype):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     return _rows_times(x, weight, bias).to(dtype)
 
 
-def _takes_onednn(dtype: torch.dtype) -> bool:
+def _takes_onednn(x: Tensor, dtype: torch.dtype) -> bool:
     """F.linear gives float32 to MKL, which on an AMD processor uses AVX2 at most, half the speed of AVX-512. In
     bfloat16 it does ask oneDNN, but adds the bias in a pass of its own. A compiler has products of its own."""
-    if torch.compiler.is_compiling():
+    if _is_plain or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     is_amd_avx512, has_bfloat16, has_onednn, has_onednn_bfloat16 = _traits()
-    return has_onednn_bfloat16 and has_bfloat16 if dtype == torch.bfloat16 else has_onednn and is_amd_avx512
+    if dtype == torch.bfloat16:
+        return has_onednn_bfloat16 and has_bfloat16
+    return dtype == torch.float32 and has_onednn and is_amd_avx512
 
 
-def _is_wide(dtype: torch.dtype) -> bool:
+def _is_wide(x: Tensor, dtype: torch.dtype) -> bool:
     """Without instructions for bfloat16, torch's products of it are up to a hundred times slower than float32's."""
+    if _is_plain or x.device.type != "cpu":
+        return False
     return dtype == torch.bfloat16 and not _traits().has_bfloat16
 
 
@@ -122,30 +142,40 @@ class _Product(torch.autograd.Function):
     dtype, too. The numbers are put in by the caller."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        normalised: Tensor | None,
+        *affine: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x if normalised is None else normalised.to(x.dtype), weight, *affine)
         return x.new_empty_strided((len(x), len(weight)), (0, 0))  # not expanded: a view cannot be added to
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dtype = x.dtype
-        if _is_wide(dtype):
-            gradient, x, weight = gradient.float(), x.float(), weight.float()
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        kept, weight, norm_weight, norm_bias = ctx.saved_tensors
+        dtype = kept.dtype
+        if _is_wide(kept, dtype):
+            gradient, kept, weight = gradient.float(), kept.float(), weight.float()
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         # Without a bias to add, torch's own products of bfloat16 are those of oneDNN, and quicker in transposing.
         is_float32 = gradient.dtype == torch.float32
-        with torch.autocast("cpu", enabled=False):
-            return (
-                (_rows_times(gradient, weight.T) if is_float32 else gradient @ weight).to(dtype)
-                if of_x
-                else None,
-                (_transposed_times(gradient, x) if is_float32 else gradient.T @ x).to(dtype)
-                if of_weight
-                else None,
-                gradient.sum(0).to(dtype) if of_bias else None,
-            )
+        of_norm = norm_weight is not None and of_weight
+        x_gradient = weight_gradient = None
+        with torch.autocast(kept.device.type, enabled=False):
+            bias_gradient = gradient.sum(0) if of_bias or of_norm else None
+            if of_x:
+                x_gradient = _rows_times(gradient, weight.T) if is_float32 else gradient @ weight
+            if of_weight:
+                weight_gradient = _transposed_times(gradient, kept) if is_float32 else gradient.T @ kept
+            if of_norm and bias_gradient is not None:
+                weight_gradient = weight_gradient * norm_weight.float()
+                weight_gradient.addr_(bias_gradient.float(), norm_bias.float())
+        found = x_gradient, weight_gradient, bias_gradient if of_bias else None
+        return *(None if g is None else g.to(dtype) for g in found), None, None, None
 
 
 _MANY_ROWS = 3072  # as a convolution of one pixel they are up to a tenth quicker (bench_linear.py)
@@ -153,7 +183,7 @@ _MANY_ROWS = 3072  # as a convolution of one pixel they are up to a tenth quicke
 
 def _rows_times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias of tensors of one dtype."""
-    if not _takes_onednn(x.dtype):
+    if not _takes_onednn(x, x.dtype):
         return F.linear(x, weight, bias)
     if len(x) >= _MANY_ROWS and weight.is_contiguous() and _traits().is_amd_avx512:
         pixels = x.contiguous().view(1, 1, *x.shape).permute(0, 3, 1, 2)  # channels come last in memory
@@ -164,7 +194,7 @@ def _rows_times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ · b of float32 [R, D] and [R, F]."""
-    if not _takes_onednn(a.dtype):
+    if not _takes_onednn(a, a.dtype):
         return a.T @ b
     # oneDNN is handed a copy of its first matrix, transposed: of the narrower one.
     if a.shape[1] > b.shape[1]:
@@ -173,4 +203,4 @@ def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
 
 
 _dispatch.register("linear", "torch", _library_product)
-_dispatch.register("linear", "reference", reference.linear)
+_dispatch.register("linear", "reference", lambda x, weight, bias, norm: reference.linear(x, weight, bias))

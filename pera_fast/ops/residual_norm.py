@@ -23,7 +23,8 @@ def residual_norm(
     *,
     dtype: torch.dtype | None = None,
     inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_normalised: bool = False,
+) -> tuple[Tensor, ...]:
     """x[rows] += scale * branch, then y = LayerNorm(x[next_rows]) * weight + bias.
 
     x: float [R, D], the residual stream. branch: float [r, D], or None to only gather and normalise.
@@ -32,15 +33,20 @@ def residual_norm(
     dtype: of y, default x's; statistics are float32 or better.
     inplace: x itself is added to, and the backward pass overwrites the gradient of x after the addition
     likewise; for a stream that only these functions read.
+    with_normalised: return n, too, of which y = n * weight + bias. It is kept for the backward pass anyway, so a
+    product of y may keep it instead of y (`norm` of `ops.linear`); no gradient flows through it.
 
-    Returns (x after the addition [R, D], y [s, D]). Raises ValueError when the shapes do not fit.
+    Returns (x after the addition [R, D], y [s, D]), or these and n [s, D]. Raises ValueError when the shapes do not
+    fit.
     """
     _check(x, branch, rows, scale)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != x.shape[1:]:
             raise ValueError(f"{name}: expected shape [{x.shape[1]}], got {list(value.shape)}")
-    function = _dispatch.function("residual_norm", x.device.type)
-    return function(x, branch, rows, scale, next_rows, weight, bias, eps, dtype or x.dtype, inplace, True)
+    function, is_n = _dispatch.function("residual_norm", x.device.type), weight is None and bias is None
+    outputs = 3 if with_normalised and not is_n else 2
+    found = function(x, branch, rows, scale, next_rows, weight, bias, eps, dtype or x.dtype, inplace, outputs)
+    return (*found, found[1].detach()) if with_normalised and is_n else found
 
 
 def residual_add(
@@ -49,7 +55,7 @@ def residual_add(
     """The first half of `residual_norm` alone, for the last branch: returns x after the addition [R, D]."""
     _check(x, branch, rows, scale)
     function = _dispatch.function("residual_norm", x.device.type)
-    return function(x, branch, rows, scale, None, None, None, 0.0, x.dtype, inplace, False)[0]
+    return function(x, branch, rows, scale, None, None, None, 0.0, x.dtype, inplace, 1)[0]
 
 
 def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None) -> None:
@@ -65,14 +71,18 @@ def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor 
 
 def _reference(
     x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None, next_rows: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, inplace: bool, normalise: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype, inplace: bool, outputs: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        if not normalise:
+        if outputs == 1:
             assert branch is not None
-            return reference.residual_add(x, branch, rows, scale), None
+            return (reference.residual_add(x, branch, rows, scale),)
         x, y = reference.residual_norm(x, branch, rows, scale, next_rows, weight, bias, eps)
-        return x, y.to(dtype)
+        if outputs == 2:
+            return x, y.to(dtype)
+        with torch.no_grad():
+            n = reference.residual_norm(x, None, None, None, next_rows, None, None, eps)[1]
+        return x, y.to(dtype), n.to(dtype)
 
 
 def _of(x: Tensor) -> Any:
@@ -87,17 +97,17 @@ def _of(x: Tensor) -> Any:
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace,
-                normalise):  # type: ignore[no-untyped-def]  # fmt: skip
+                outputs):  # type: ignore[no-untyped-def]  # fmt: skip
         if branch is not None and inplace:
             ctx.mark_dirty(x)
         source = x
         if branch is not None and not inplace:
             x = torch.empty_like(x)
         y = normalised = inverse_deviation = None
-        if normalise:
+        if outputs > 1:
             count = len(x) if next_rows is None else len(next_rows)
             y = x.new_empty(count, x.shape[1], dtype=dtype)
-            if any(ctx.needs_input_grad):
+            if any(ctx.needs_input_grad) or outputs == 3:
                 inverse_deviation = x.new_empty(count)
                 normalised = y if weight is None and bias is None else torch.empty_like(y)
         _of(x).residual_norm_forward(
@@ -106,11 +116,15 @@ class _ResidualNorm(torch.autograd.Function):
         ctx.save_for_backward(rows, scale, next_rows, weight, normalised, inverse_deviation)
         ctx.branch_dtype, ctx.shape, ctx.inplace = None if branch is None else branch.dtype, x.shape, inplace
         ctx.set_materialize_grads(False)
-        return (x, y) if branch is not None else y
+        if outputs == 3:
+            ctx.mark_non_differentiable(normalised)
+        return (x, y, normalised)[branch is None : outputs]
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        x_gradient, y_gradient = gradients if len(gradients) == 2 else (None, *gradients)
+        has_branch = ctx.branch_dtype is not None
+        x_gradient: Any = gradients[0] if has_branch else None
+        y_gradient: Any = gradients[has_branch] if len(gradients) > has_branch else None
         rows, scale, next_rows, weight, normalised, inverse_deviation = ctx.saved_tensors
         if x_gradient is None and y_gradient is None:
             return (None,) * 11
@@ -120,7 +134,7 @@ class _ResidualNorm(torch.autograd.Function):
         overwrites = ctx.inplace and x_gradient is not None
         out = x_gradient if overwrites else given.new_empty(ctx.shape, dtype=torch.float32)
         branch_gradient = weight_gradient = bias_gradient = None
-        if ctx.branch_dtype is not None and ctx.needs_input_grad[1]:
+        if has_branch and ctx.needs_input_grad[1]:
             count = len(out) if rows is None else len(rows)
             branch_gradient = out.new_empty(count, out.shape[1], dtype=ctx.branch_dtype)
         if y_gradient is not None:
@@ -136,8 +150,8 @@ class _ResidualNorm(torch.autograd.Function):
         return out, branch_gradient, None, None, None, weight_gradient, bias_gradient, *(None,) * 4
 
 
-def _kernels(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace, normalise = arguments
+def _kernels(*arguments: Any) -> tuple[Tensor, ...]:
+    x, branch, rows, scale, next_rows, weight, bias, eps, dtype, inplace, outputs = arguments
     low = (torch.float32, torch.bfloat16)
     if not (
         x.dtype == torch.float32
@@ -149,8 +163,8 @@ def _kernels(*arguments: Any) -> tuple[Tensor, Tensor | None]:
         return _reference(*arguments)
     scale = None if scale is None else scale.float()
     contiguous = [None if t is None else t.contiguous() for t in (branch, rows, scale, next_rows)]
-    result = _ResidualNorm.apply(x.contiguous(), *contiguous, weight, bias, eps, dtype, inplace, normalise)
-    return (x, result) if branch is None else result
+    result = _ResidualNorm.apply(x.contiguous(), *contiguous, weight, bias, eps, dtype, inplace, outputs)
+    return (x, *result) if branch is None else result
 
 
 if _library.why_no_cpp() is None:

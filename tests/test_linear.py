@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from conftest import three_way
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from pera_fast import ops
@@ -139,6 +141,68 @@ def test_gradients_from_normalised_rows(
         three_way(_of_norm, eager, *inputs, slack=1e-6 if dtype == torch.float32 else 2e-3)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("traits", [(False, False), (True, True), None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_rows_in_parts(
+    has_bias: bool,
+    dtype: torch.dtype,
+    traits: tuple[bool, bool] | None,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three-way, views of another matrix and a part without rows among them, under a checkpoint. traits: as above."""
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"linear={backend}")
+    if traits is not None:
+        monkeypatch.setattr(linear_module, "_traits", lambda: _traits(*traits))
+    inputs = [torch.randn(3, 50, 24), torch.randn(7, 24), torch.randn(40, 24), torch.randn(40)][
+        : 3 + has_bias
+    ]
+
+    def parts(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [x[1], y, y[:0], x[:, :9].transpose(0, 1).flatten(0, 1)]
+
+    def ours(x: Tensor, y: Tensor, *layer: Tensor) -> Tensor:
+        return checkpoint(lambda *of: ops.linear(of, *layer), *parts(x, y), use_reentrant=False)
+
+    def eager(x: Tensor, y: Tensor, *layer: Tensor) -> Tensor:
+        return F.linear(torch.cat(parts(x, y)), *layer)
+
+    with linear_module.plain() if traits is None else nullcontext():
+        three_way(ours, eager, *(t.to(dtype) for t in inputs), slack=1e-6 if dtype == torch.float32 else 2e-3)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = (f(*inputs) for f in (ours, eager))
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-4)
+
+
+def test_parts_are_not_joined() -> None:
+    """Nothing of their size is made in the forward pass but the product, nor kept but the parts."""
+    weight, rows, kept = torch.randn(3, 8, requires_grad=True), torch.randn(2, 500, 8), []
+    with (
+        linear_module.plain(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+        Shapes() as made,
+    ):
+        ops.linear(rows.unbind(), weight)
+    assert [1000, 8] not in made.shapes and [1000, 3] in made.shapes
+    assert [k.data_ptr() for k in kept] == [weight.data_ptr(), *(x.data_ptr() for x in rows)]
+
+
+class Shapes(TorchDispatchMode):
+    """Of all that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[list[int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.shapes += [list(x.shape) for x in tree_leaves(out) if isinstance(x, Tensor)]
+        return out
+
+
 @pytest.mark.parametrize("precision", DTYPES)
 def test_normalised_rows_are_kept_instead(precision: torch.dtype) -> None:
     """Under autocast as outside, of which nothing else is left once the caller has let go of x."""
@@ -240,6 +304,13 @@ def test_float64_stays_float64_under_autocast() -> None:
 def test_bad_input(shapes: tuple[tuple[int, ...] | None, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ops.linear(*(None if shape is None else torch.zeros(shape) for shape in shapes))
+
+
+def test_bad_parts() -> None:
+    with pytest.raises(ValueError, match="x: expected one part at least, got none"):
+        ops.linear([], torch.zeros(5, 4))
+    with pytest.raises(ValueError, match=r"weight: expected shape \[D, 3\], got \[5, 4\]"):
+        ops.linear([torch.zeros(2, 4), torch.zeros(2, 3)], torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,10 @@ class Short:
 
 
 class Again:
-    """In place of a recorded step: takes it."""
+    """In place of a recorded step: takes it, without buffers of its own."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self.inputs = engine, [(None,)] * engine.config.run.accumulate
 
     def __call__(self, inputs: Any) -> Tensor:
         return self._engine._update(self._engine._sums(self._engine._gradients(inputs)), len(inputs))

@@ -19,7 +19,7 @@ from pera_fast import ops
 from pera_fast.config import ModelConfig
 from pera_fast.model.shadow import weight_of
 from pera_fast.ops.linear import Norm
-from pera_fast.ops.packed_attention import attention_parts, join_parts
+from pera_fast.ops.packed_attention import attention_parts
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
@@ -32,7 +32,7 @@ class Subset(NamedTuple):
     scale: Tensor | None = None  # float32 [r], b / subset size of the row's group
 
 
-def _linear(layer: nn.Linear, x: Tensor, norm: Norm | None = None) -> Tensor:
+def _linear(layer: nn.Linear, x: Tensor | Sequence[Tensor], norm: Norm | None = None) -> Tensor:
     return ops.linear(x, weight_of(layer), layer.bias, norm=norm)
 
 
@@ -104,7 +104,7 @@ class Attention(Branch):
         return attention_parts(hidden.unflatten(-1, (3, self.num_heads, -1)), groups)
 
     def leave(self, *kept: Tensor) -> Tensor:
-        return _linear(self.proj, join_parts(kept).flatten(1))
+        return _linear(self.proj, [part.flatten(1) for part in kept])
 
 
 class Mlp(Branch):

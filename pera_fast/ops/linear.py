@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,28 +24,36 @@ class Norm(NamedTuple):
     bias: Tensor  # float [F]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None) -> Tensor:
+def linear(
+    x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None
+) -> Tensor:
     """torch.nn.functional.linear of rows: x · weightᵀ + bias.
 
-    x: float [R, F]. weight: float [D, F] in x's dtype, or any where autocast says which. bias: float [D].
+    x: float [R, F], or its parts [Rᵢ, F] in order: then nobody need join them. weight: float [D, F] in x's dtype, or
+    any where autocast says which. bias: float [D].
     norm: what x was made of by `residual_norm`, which keeps `normalised` for its backward pass: so does this one then,
     instead of x. Of a gradient G of the output, Gᵀx = (Gᵀ normalised) * norm.weight + (Σ G) ⊗ norm.bias. Gradients
     flow through x alone.
 
     Returns [R, D]. Raises ValueError when the shapes do not fit.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape [R, F], got {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight: expected shape [D, {x.shape[1]}], got {list(weight.shape)}")
+    parts = [x] if isinstance(x, Tensor) else list(x)
+    if not parts:
+        raise ValueError("x: expected one part at least, got none")
+    for part in parts:
+        if part.dim() != 2:
+            raise ValueError(f"x: expected shape [R, F], got {list(part.shape)}")
+        if weight.dim() != 2 or weight.shape[1] != part.shape[1]:
+            raise ValueError(f"weight: expected shape [D, {part.shape[1]}], got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
     if norm is not None:
-        shapes = [x.shape, x.shape[1:], x.shape[1:]]
+        rows, features = sum(len(part) for part in parts), weight.shape[1]
+        shapes = [(rows, features), (features,), (features,)]
         for name, value, shape in zip(Norm._fields, norm, shapes, strict=True):
             if value.shape != shape:
                 raise ValueError(f"norm.{name}: expected shape {list(shape)}, got {list(value.shape)}")
-    return _dispatch.function("linear", x.device.type)(x, weight, bias, norm)
+    return _dispatch.function("linear", weight.device.type)(parts, weight, bias, norm)
 
 
 _is_plain = False
@@ -62,28 +70,43 @@ def plain() -> Iterator[None]:
         _is_plain = before
 
 
-def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
-    if x.is_meta or 0 in (x.numel(), weight.numel()) or torch.float64 in (x.dtype, weight.dtype):
+def _library_product(
+    parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, norm: Norm | None
+) -> Tensor:
+    dtype, is_compiling = _dtype_of(parts[0], weight), torch.compiler.is_compiling()
+    if dtype is not None and len(parts) > 1 and not is_compiling and not _is_own(parts[0], dtype):
+        parts, weight, bias = [x.to(dtype) for x in parts], weight.to(dtype), _to(bias, dtype)
+        return _filled(_PartsProduct.apply(weight, bias, *parts), lambda: _of_parts(parts, weight, bias))
+    x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if dtype is None or (norm is None and not _is_own(x, dtype)):
         return F.linear(x, weight, bias)
-    on = x.device.type
-    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
-    # Of float32 where the operands are, or what both are made.
-    of_one_dtype = dtype == x.dtype == weight.dtype if dtype == torch.float32 else dtype in _LOW
-    is_ours = norm is not None or _takes_onednn(x, dtype) or _is_wide(x, dtype)
-    if not of_one_dtype or not is_ours:
-        return F.linear(x, weight, bias)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.compiler.is_compiling():  # its gradients follow from what is traced
-        with torch.autocast(on, enabled=False):
+    x, weight, bias = x.to(dtype), weight.to(dtype), _to(bias, dtype)
+    if is_compiling:  # its gradients follow from what is traced
+        with torch.autocast(x.device.type, enabled=False):
             return _product(x, weight, bias)
-    out = _Product.apply(x, weight, bias, *(norm or (None,) * 3))
-    # Now and not within: a checkpoint that makes x again for the backward pass stops once x is saved, before this.
-    with torch.no_grad(), torch.autocast(on, enabled=False):
-        out.data = _product(x, weight, bias)
+    return _filled(_Product.apply(x, weight, bias, *(norm or (None,) * 3)), lambda: _product(x, weight, bias))
+
+
+def _filled(out: Tensor, numbers: Callable[[], Tensor]) -> Tensor:
+    """Now and not within the function that made `out`: a checkpoint that makes an operand again for the backward pass
+    stops once that is saved, before this."""
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        out.data = numbers()
     return out
 
 
-_LOW = (torch.bfloat16, torch.float16)
+def _dtype_of(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """That of a product whose operands are made of one dtype; None: F.linear knows what to do."""
+    if x.is_meta or 0 in (x.numel(), weight.numel()) or torch.float64 in (x.dtype, weight.dtype):
+        return None
+    on = x.device.type
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+    is_low = dtype in (torch.bfloat16, torch.float16)
+    return dtype if is_low or dtype == x.dtype == weight.dtype else None
+
+
+def _to(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,6 +115,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _is_wide(x, dtype):
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     return _rows_times(x, weight, bias).to(dtype)
+
+
+def _is_own(x: Tensor, dtype: torch.dtype) -> bool:
+    """Not as F.linear would take it."""
+    return _takes_onednn(x, dtype) or _is_wide(x, dtype)
 
 
 def _takes_onednn(x: Tensor, dtype: torch.dtype) -> bool:
@@ -178,6 +206,42 @@ class _Product(torch.autograd.Function):
         return *(None if g is None else g.to(dtype) for g in found), None, None, None
 
 
+class _PartsProduct(torch.autograd.Function):
+    """A product of several matrices of rows, all of one dtype. The numbers are put in by the caller."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *parts)
+        return weight.new_empty_strided((sum(len(x) for x in parts), len(weight)), (0, 0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *parts = ctx.saved_tensors
+        of_weight, of_bias, *of_parts = ctx.needs_input_grad
+        gradients = gradient.split([len(x) for x in parts])
+        with torch.autocast(gradient.device.type, enabled=False):
+            weight_gradient = bias_gradient = None
+            if of_weight:  # rounded once
+                products = [(g.T @ x).float() for g, x in zip(gradients, parts, strict=True)]
+                weight_gradient = sum(products[1:], products[0]).to(weight.dtype)
+            if of_bias:
+                bias_gradient = gradient.sum(0)
+            of_each = [g @ weight if needed else None for g, needed in zip(gradients, of_parts, strict=True)]
+        return weight_gradient, bias_gradient, *of_each
+
+
+def _of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of tensors of one dtype, each part's product at its place."""
+    out = weight.new_empty(sum(len(x) for x in parts), len(weight))
+    for x, place in zip(parts, out.split([len(x) for x in parts]), strict=True):
+        if bias is None:
+            torch.mm(x, weight.T, out=place)
+        else:
+            torch.addmm(bias, x, weight.T, out=place)
+    return out
+
+
 _MANY_ROWS = 3072  # as a convolution of one pixel they are up to a tenth quicker (bench_linear.py)
 
 
@@ -203,4 +267,6 @@ def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
 
 
 _dispatch.register("linear", "torch", _library_product)
-_dispatch.register("linear", "reference", lambda x, weight, bias, norm: reference.linear(x, weight, bias))
+_dispatch.register(
+    "linear", "reference", lambda x, weight, bias, _: reference.linear(torch.cat(x), weight, bias)
+)

@@ -65,11 +65,8 @@ def packed_attention(
 
 
 def attention_parts(qkv: Tensor, groups: Groups) -> list[Tensor]:
-    """`packed_attention` as the parts that follow one another in it.
-
-    The library keeps what it makes of each group for the backward pass. Whoever makes the concatenation again there
-    keeps no second copy.
-    """
+    """`packed_attention` as the parts that follow one another in it: the library keeps what it makes of each group for
+    the backward pass, and a product of them (`ops.linear`) needs no second copy."""
     if _dispatch.resolve("packed_attention", qkv.device.type).backend == "torch":
         return _parts(qkv, groups, qkv.shape[3] ** -0.5)
     return [packed_attention(qkv, groups)]

@@ -9,7 +9,9 @@ from pera_fast.ops import _dispatch
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("crops", "counts"), [(128, (784, 157, 157)), (512, (36, 7, 7))])
+@pytest.mark.parametrize(
+    ("crops", "counts"), [(128, (784, 157, 157)), (512, (36, 7, 7)), (24, (13248, 9273, 0))]
+)
 def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int], device: str) -> None:
     patches, students, targets = counts
     index = torch.arange(crops, device=device)

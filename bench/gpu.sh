@@ -92,7 +92,7 @@ train demo 40 --max-steps 50 --log-every 1
 endless=(--data pera_fast/demo --epochs 1000000 --log-every 1)
 train vit_b_128 50 --preset vit_b "${endless[@]}" --batch-size 128 --max-steps 30 --profile 5
 cp "$work/vit_b_128/profile/ops.txt" "$OUT/" 2>>"$OUT/log.txt"
-train vit_b_auto 60 --preset vit_b "${endless[@]}" --max-steps 16
+train vit_b_auto 90 --preset vit_b "${endless[@]}" --max-steps 16
 sizes="not compile and not Flex and not vit_s"
 benchmarks kernels 100 "$sizes" bench/bench_vit bench/bench_packed_attention bench/bench_distill_loss \
   bench/bench_adamw_ema bench/bench_residual_norm bench/bench_crop_patches bench/bench_ema_update bench/bench_grad_norm \

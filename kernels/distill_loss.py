@@ -136,7 +136,7 @@ def distill_sums(
     """Add a chunk's sums to `state` [5, rows]; as torch.ops.pera_fast.distill_sums."""
     prototypes, rows = student.shape
     blocks, row_blocks = triton.cdiv(prototypes, BLOCK_PROTOTYPES), triton.cdiv(rows, BLOCK_ROWS)
-    per_split = triton.cdiv(blocks, min(SPLITS, triton.cdiv(PROGRAMS, row_blocks))) * BLOCK_PROTOTYPES
+    per_split = triton.cdiv(blocks, min(SPLITS, max(1, PROGRAMS // row_blocks))) * BLOCK_PROTOTYPES
     splits = triton.cdiv(prototypes, per_split)
     partial = torch.empty(splits, 5, rows, dtype=torch.float32, device=student.device)
     sums_kernel[(row_blocks, splits)](

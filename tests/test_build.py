@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from pera_fast import ops
 from pera_fast.ops import _library
-from pera_fast.reference import HUE, PIXEL_DTYPES
+from pera_fast.reference import HUE, PIXEL_DTYPES, philox4x32_10
 from pera_fast.reference import disjoint_masks as disjoint_masks_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -347,10 +347,24 @@ def test_disjoint_masks_on_the_host_equal_the_reference(order, counts, on_host):
     assert masks_on_host(on_host, order, seed, step, counts, crops) == expected.tolist()
 
 
-def test_disjoint_masks_on_the_host_at_their_largest(on_host):
-    counts = (8192, 1638, 1638)
-    expected = torch.cat(disjoint_masks_reference(torch.tensor([3]), 1, 2, *counts), dim=1)
-    assert masks_on_host(on_host, "forward", 1, 2, counts, [3]) == expected.tolist()
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    "counts", [(8192, 1638, 1638), (8193, 1, 0), (8195, 1638, 1638), (13248, 9273, 0), (40001, 7, 39993)]
+)
+def test_disjoint_masks_on_the_host_past_what_is_sorted(order, counts, on_host):
+    expected = torch.cat(disjoint_masks_reference(torch.tensor([3, 2**40]), 1, 2, *counts), dim=1)
+    assert masks_on_host(on_host, order, 1, 2, counts, [3, 2**40]) == expected.tolist()
+
+
+def test_disjoint_masks_on_the_host_part_equal_keys_by_patch(on_host):
+    """Of 2^18 patches some have one key: the students end, and the targets, between two of those."""
+    crop, num_patches = torch.tensor([0]), 2**18
+    zero = torch.zeros(num_patches // 4, dtype=torch.int64)
+    words = torch.stack(philox4x32_10([torch.arange(num_patches // 4), zero, zero, zero], (0, 0)), 1)
+    equal = (words.flatten().sort().values.diff() == 0).nonzero().flatten().tolist()
+    counts = (num_patches, equal[0] + 1, equal[-1] - equal[0])
+    expected = torch.cat(disjoint_masks_reference(crop, 0, 0, *counts), dim=1)
+    assert len(equal) > 1 and masks_on_host(on_host, "forward", 0, 0, counts, [0]) == expected.tolist()
 
 
 ROW_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # as in csrc/crop_patches.h

@@ -97,7 +97,7 @@ def test_cpp_equals_reference(size, seed, step, monkeypatch):
 
 
 @needs_cuda
-@pytest.mark.parametrize("size", [*SIZES, (8192, 1638, 1638)])
+@pytest.mark.parametrize("size", [*SIZES, (8192, 1638, 1638), (8193, 1638, 1638), (40001, 28000, 0)])
 @pytest.mark.parametrize("seed, step", SEEDS_AND_STEPS)
 def test_cuda_equals_reference(size, seed, step, monkeypatch):
     crop_index = torch.tensor([0, 1, 2, 3, 2**32 - 1, 2**32, 2**40 + 5, 2**63 - 1, -1])
@@ -285,6 +285,7 @@ def test_forced_backend_is_the_one_that_runs(monkeypatch):
             return _of.function(*arguments)
 
         spied.append(_dispatch.Implementation(implementation.backend, spy, implementation.why_missing))
+        monkeypatch.setitem(_dispatch._functions, ("disjoint_masks", implementation.backend), spy)
     monkeypatch.setitem(_dispatch.registered(), "disjoint_masks", spied)
     for backend in ("cpp", "reference", "auto"):
         draw(backend, monkeypatch, torch.arange(2), **GOOD)

@@ -147,6 +147,19 @@ def test_koleo_on_cuda(rows: int, is_low: bool) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+def test_equal_calls_give_equal_bits_on_cuda() -> None:
+    """Most rows have the same neighbour, whose gradient is a sum over them."""
+    z = torch.randn(2, 500, 384, device="cuda") + 10 * torch.randn(1, 1, 384, device="cuda")
+    z[:, 0] = z.mean(1)
+    z = F.normalize(z, dim=-1).requires_grad_()
+    v, g = torch.randn(4096, 384, device="cuda"), torch.ones(4096, 1, device="cuda")
+    _, neighbours = ops.koleo(z, v, g)
+    assert (neighbours == 0).sum() > 500
+    first, *others = [torch.autograd.grad(ops.koleo(z, v, g)[0].sum(), z)[0] for _ in range(5)]
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_koleo_gradients_of_the_reference() -> None:
     z, v = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in (F.normalize(z, dim=-1), v, 1 + torch.rand(20, 1).double())]

@@ -285,6 +285,29 @@ def test_numerics_on_cuda(
     assert backend != "triton" or torch.equal(*runs)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
+def test_offsets_past_2_31_on_cuda() -> None:
+    """A teacher's rows of a thousand images, as the library is given them: views of one matrix."""
+    sequences, length = 2000, 471
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free GPU memory")
+    qkv = torch.randn(sequences * length, 3, 12, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    assert qkv.numel() > 2**31
+    gradient = torch.randn(len(qkv), 12, 64, dtype=torch.bfloat16, device="cuda")
+
+    def attended(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        out = ops.packed_attention(x, [(len(x) // length, length)])
+        return out.detach(), torch.autograd.grad(out, x, gradient)[0]
+
+    got = attended(qkv, gradient)
+    # From the start, about 2^31 elements in, and at the end.
+    for first in (0, 2**31 // (length * 2304) - 2, sequences - 4):
+        rows = slice(first * length, (first + 4) * length)
+        alone = attended(qkv.detach()[rows].clone().requires_grad_(), gradient[rows])
+        for whole, want in zip(got, alone, strict=True):
+            torch.testing.assert_close(whole[rows], want, rtol=2e-2, atol=2e-2)
+
+
 # --- the Triton kernels, without a GPU ---
 
 INTERPRETED = """

@@ -41,9 +41,7 @@ void check_launch(const char* op, int error) {
 Masks disjoint_masks(
     const torch::stable::Tensor& crop_index, int64_t seed, int64_t step, int64_t num_patches,
     int64_t num_student, int64_t num_target) {
-  STD_TORCH_CHECK(
-      num_patches <= kMaxPatchesCuda, "num_patches: expected at most ", kMaxPatchesCuda, " on CUDA, got ",
-      num_patches);
+  STD_TORCH_CHECK(num_patches <= INT32_MAX, "num_patches: expected fewer than 2**31, got ", num_patches);
   torch::stable::accelerator::DeviceGuard guard(crop_index.get_device_index());
   Masks masks = new_masks(crop_index, step, num_patches, num_student, num_target);
   const int64_t crops = crop_index.sizes()[0];

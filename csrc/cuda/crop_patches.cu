@@ -17,7 +17,7 @@ namespace {
 constexpr int kSide = 16;
 constexpr int kThreads = kSide * kSide;
 constexpr int kResidentBlocks = 4;  // of one multiprocessor: 64 registers for each thread
-constexpr int kParts = 32;          // blocks that share the sums over a crop's views
+constexpr int kMaxParts = 32;       // blocks that share the sums over a crop's views
 
 // A thread's place in its square block.
 __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x); }
@@ -80,7 +80,7 @@ struct Shared {
   Tile tile;
   Box box;
   Look<L> look;
-  int64_t sums[kParts];
+  int64_t sums[kMaxParts];
   float low[group], inverse_span[group];
   Affine affine[group];
   TileAxis<L> axes[2];                                  // columns, rows
@@ -314,6 +314,12 @@ PERA_FAST_HOST_DEVICE int tile_side(int64_t pixels) {
   return static_cast<int>((pixels + tiles - 1) / tiles);
 }
 
+// Blocks that share the sums over a crop: of fewer than a few tiles each, their start would be most of their work.
+PERA_FAST_HOST_DEVICE int parts_of(const CropPatches& a) {
+  const int parts = tiles_along(a.crop_px) * tiles_along(a.crop_px) / 4;
+  return parts < 1 ? 1 : parts > kMaxParts ? kMaxParts : parts;
+}
+
 // The number-th tile of a square of `pixels` at (top, left).
 __device__ __forceinline__ Tile tile_of(int number, int pixels, int top, int left) {
   const int side = tile_side(pixels), along = tiles_along(pixels);
@@ -331,7 +337,7 @@ struct SumShared {
   int64_t sums[2][kThreads];
 };
 
-// Block [crop, band / group, part]: the sums over every kParts-th tile of both views' levels, just before contrast,
+// Block [crop, band / group, part]: the sums over every parts-th tile of both views' levels, just before contrast,
 // go to sums[crop, view, band / group, part]. The views differ in colour alone, so their pixels are resampled once.
 template <class L, int group>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) sum_levels_kernel(
@@ -340,8 +346,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) sum_levels_kernel(
   PERA_FAST_DYNAMIC_SHARED(Both, both);
   Shared<L, group>& s = both->tile;
   const unsigned groups = static_cast<unsigned>(a.bands / group);
-  const int64_t crop = blockIdx.x / kParts / groups;
-  const unsigned group_number = blockIdx.x / kParts % groups, part = blockIdx.x % kParts;
+  const unsigned parts = static_cast<unsigned>(parts_of(a));
+  const int64_t crop = blockIdx.x / parts / groups;
+  const unsigned group_number = blockIdx.x / parts % groups, part = blockIdx.x % parts;
   const int band = static_cast<int>(group_number) * group;
   if (is_last_thread()) {
     for (int view = 0; view < 2; ++view) load_look<L, group>(a, 2 * crop + view, both->looks[view]);
@@ -353,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) sum_levels_kernel(
 
   const int crop_px = static_cast<int>(a.crop_px), tiles = tiles_along(crop_px) * tiles_along(crop_px);
   int64_t sum[2] = {0, 0};
-  for (int number = static_cast<int>(part); number < tiles; number += kParts) {
+  for (int number = static_cast<int>(part); number < tiles; number += static_cast<int>(parts)) {
     __syncthreads();
     place_taps<L, group>(a, crop, tile_of(number, crop_px, 0, 0), s);
     __syncthreads();
@@ -384,7 +391,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) sum_levels_kernel(
   }
   if (!is_first_thread()) return;
   for (int view = 0; view < 2; ++view) {
-    sums[((2 * crop + view) * groups + group_number) * kParts + part] = both->sums[view][0];
+    sums[((2 * crop + view) * groups + group_number) * parts + part] = both->sums[view][0];
   }
 }
 
@@ -452,9 +459,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) crop_patches_kernel
       }
       load_bands<L, group>(a, crop, band, s);
       if (s.look.has_contrast) {
-        const int64_t first = (s.patch.view * (a.bands / group) + band / group) * kParts;
+        const int parts = parts_of(a);
+        const int64_t first = (s.patch.view * (a.bands / group) + band / group) * parts;
         // From the last thread on: the first ones are busy with the taps.
-        for (int i = block_size() - 1 - thread_number(); i < kParts; i += block_size()) {
+        for (int i = block_size() - 1 - thread_number(); i < parts; i += block_size()) {
           s.sums[i] = sums[first + i];
         }
       }
@@ -462,7 +470,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) crop_patches_kernel
       if (band == 0) store_first_weights<L, group>(0, s);
       if (s.look.has_contrast && is_last_thread()) {
         int64_t sum = 0;
-        for (int i = 0; i < kParts; ++i) sum += s.sums[i];
+        for (int i = 0; i < parts_of(a); ++i) sum += s.sums[i];
         s.look.mean = L::mean_level(sum, a.crop_px * a.crop_px);
       }
       __syncthreads();
@@ -504,7 +512,7 @@ int launch(const CropPatches& a, int64_t* sums, cudaStream_t stream) {
 }  // namespace
 
 int64_t crop_patches_sums(const CropPatches& a) {
-  return a.crops * 2 * (a.bands == 3 ? 1 : a.bands) * kParts;
+  return a.crops * 2 * (a.bands == 3 ? 1 : a.bands) * parts_of(a);
 }
 
 int launch_crop_patches(const CropPatches& a, int64_t* sums, void* stream) {

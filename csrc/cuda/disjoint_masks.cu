@@ -6,6 +6,10 @@
 namespace pera_fast {
 namespace {
 
+// One crop is sorted in one block's shared memory: 8 bytes per patch, 64 KiB of the 99 KiB that every
+// supported GPU offers.
+constexpr int kMaxSorted = 8192;
+
 // Bitonic sort of `size` (a power of two) words in shared memory, ascending. Ends synchronised.
 __device__ __forceinline__ void sort_shared(uint64_t* words, int size) {
   for (int run = 2; run <= size; run *= 2) {
@@ -63,12 +67,109 @@ __global__ void disjoint_masks_kernel(
   }
 }
 
+constexpr int kThreads = 1024;
+
+// Sum of every thread's value. Begins and ends synchronised.
+__device__ __forceinline__ uint64_t sum_of_block(uint64_t value, uint64_t* shared) {
+  const int thread = threadIdx.x;
+  shared[thread] = value;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) shared[thread] += shared[thread + half];
+  }
+  __syncthreads();
+  const uint64_t sum = shared[0];
+  __syncthreads();
+  return sum;
+}
+
+// Sum of the values of the threads before this one.
+__device__ __forceinline__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
+  const int thread = threadIdx.x;
+  shared[thread] = value;
+  __syncthreads();
+  for (int distance = 1; distance < kThreads; distance *= 2) {
+    const uint64_t before = thread < distance ? 0 : shared[thread - distance];
+    __syncthreads();
+    shared[thread] += before;
+    __syncthreads();
+  }
+  return shared[thread] - value;
+}
+
+// The same sets of crops that do not fit into shared memory, one block per crop. With the words of the first
+// patches of target and teacher, every patch knows its set by its own word: both are found bit by bit, by
+// counting the words below. Words are drawn again each time; two counts lie in one number.
+__global__ void __launch_bounds__(kThreads) large_disjoint_masks_kernel(
+    const int64_t* __restrict__ crop_index, int64_t crop_stride, uint64_t seed, uint32_t step,
+    uint32_t num_patches, uint32_t num_student, uint32_t num_target, int64_t* __restrict__ student,
+    int64_t* __restrict__ target, int64_t* __restrict__ teacher) {
+  __shared__ uint64_t shared[kThreads];
+  const int64_t row = blockIdx.x;
+  const int64_t crop = crop_index[row * crop_stride];
+  const uint32_t groups = (num_patches + 3) / 4;
+  uint64_t first_target = 0;
+  uint64_t first_teacher = 0;
+  for (uint64_t bit = uint64_t{1} << 63; bit > 0; bit /= 2) {
+    // The low half of a word is a patch: no bit above its highest is set.
+    if (bit <= UINT32_MAX && bit >= num_patches) continue;
+    uint64_t below = 0;
+    for (uint32_t group = threadIdx.x; group < groups; group += kThreads) {
+      uint64_t words[4];
+      sort_words(seed, step, crop, group, words);
+      for (uint32_t i = 0; i < 4 && 4 * group + i < num_patches; ++i) {
+        below += (words[i] < (first_target | bit)) + (uint64_t{words[i] < (first_teacher | bit)} << 32);
+      }
+    }
+    below = sum_of_block(below, shared);
+    if (static_cast<uint32_t>(below) <= num_student) first_target |= bit;
+    if (below >> 32 <= num_student + num_target) first_teacher |= bit;
+  }
+
+  // Each thread writes the patches of a run of groups, behind those of the threads before it.
+  const uint32_t run = (groups + kThreads - 1) / kThreads;
+  const uint32_t start = threadIdx.x * run;
+  const uint32_t stop = start + run < groups ? start + run : groups;
+  uint64_t before = 0;
+  for (int writes = 0; writes < 2; ++writes) {
+    uint64_t own = 0;  // students, and targets in the upper half
+    for (uint32_t group = start; group < stop; ++group) {
+      uint64_t words[4];
+      sort_words(seed, step, crop, group, words);
+      for (uint32_t i = 0; i < 4 && 4 * group + i < num_patches; ++i) {
+        const uint32_t patch = 4 * group + i;
+        const uint32_t students = static_cast<uint32_t>(before + own);
+        const uint32_t targets = static_cast<uint32_t>((before + own) >> 32);
+        const bool is_student = words[i] < first_target;
+        const bool is_target = !is_student && words[i] < first_teacher;
+        own += is_student + (uint64_t{is_target} << 32);
+        if (writes == 0) continue;
+        if (is_student) {
+          student[row * num_student + students] = patch;
+        } else if (is_target) {
+          target[row * num_target + targets] = patch;
+        } else {
+          teacher[row * (num_patches - num_student - num_target) + patch - students - targets] = patch;
+        }
+      }
+    }
+    if (writes == 0) before = sum_before(own, shared);
+  }
+}
+
 }  // namespace
 
 int launch_disjoint_masks(
     const int64_t* crop_index, int64_t crop_stride, int64_t crops, uint64_t seed, uint32_t step,
     int num_patches, int num_student, int num_target, int64_t* student, int64_t* target, int64_t* teacher,
     void* stream) {
+  if (num_patches > kMaxSorted) {
+    PERA_FAST_LAUNCH(
+        large_disjoint_masks_kernel, static_cast<unsigned>(crops), kThreads, 0, static_cast<cudaStream_t>(stream))
+    (crop_index, crop_stride, seed, step, static_cast<uint32_t>(num_patches), static_cast<uint32_t>(num_student),
+     static_cast<uint32_t>(num_target), student, target, teacher);
+    return cudaGetLastError();
+  }
   int sort_size = 4;  // words are drawn four at a time
   while (sort_size < num_patches) sort_size *= 2;
   int threads = sort_size / 2;

@@ -5,12 +5,8 @@
 
 namespace pera_fast {
 
-// One crop is sorted in one block's shared memory: 8 bytes per patch, 64 KiB of the 99 KiB that every
-// supported GPU offers.
-constexpr int64_t kMaxPatchesCuda = 8192;
-
 // crop_index [crops] with the given stride; student, target, teacher contiguous [crops, count].
-// Needs crops >= 1 and 1 <= num_patches <= kMaxPatchesCuda. Returns a cudaError_t, 0 when launched.
+// Needs crops >= 1 and num_patches >= 1. Returns a cudaError_t, 0 when launched.
 int launch_disjoint_masks(
     const int64_t* crop_index, int64_t crop_stride, int64_t crops, uint64_t seed, uint32_t step,
     int num_patches, int num_student, int num_target, int64_t* student, int64_t* target, int64_t* teacher,

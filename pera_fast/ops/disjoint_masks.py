@@ -8,9 +8,6 @@ from torch import Tensor
 from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
 
-# The CUDA kernel sorts one crop in one block's shared memory (csrc/cuda/disjoint_masks.h).
-MAX_PATCHES_CUDA = 8192
-
 
 def disjoint_masks(
     crop_index: Tensor, *, seed: int, step: int, num_patches: int, num_student: int, num_target: int
@@ -26,7 +23,7 @@ def disjoint_masks(
         crop_index: int64 [n], the number of each crop within its step, counted over all processes.
         seed: 0 <= seed < 2**64.
         step: 0 <= step < 2**32, the optimiser step (or micro-batch) that the crops are drawn for.
-        num_patches: patches per crop; at most 8192 on the cuda backend.
+        num_patches: patches per crop.
         num_student, num_target: patches of the student (at least 1) and the target (0: none); at least one
             patch is left to the teacher.
 
@@ -57,16 +54,7 @@ def disjoint_masks(
             f"num_student + num_target: expected fewer than num_patches = {num_patches}, to leave the "
             f"teacher at least one patch, got {num_student} + {num_target}"
         )
-    implementation = _dispatch.resolve("disjoint_masks", crop_index.device.type)
-    function = implementation.function
-    if implementation.backend == "cuda" and num_patches > MAX_PATCHES_CUDA:
-        if _dispatch.requested("disjoint_masks") == "auto":
-            function = reference.disjoint_masks
-        else:
-            raise ValueError(
-                f"num_patches: expected at most {MAX_PATCHES_CUDA} on backend cuda, got {num_patches} "
-                "(PERA_FAST_BACKEND=disjoint_masks=reference has no such limit)"
-            )
+    function = _dispatch.function("disjoint_masks", crop_index.device.type)
     return function(crop_index, seed, step, num_patches, num_student, num_target)
 
 

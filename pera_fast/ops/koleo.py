@@ -6,6 +6,7 @@ import functools
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pera_fast import reference
@@ -132,8 +133,10 @@ def _gram(
     with torch.no_grad():
         # About their mean: distances of rows that are all alike are lost in the rounding of 1 - cos.
         neighbour = _nearest(unit - unit.mean(1, keepdim=True), image - image.mean(1, keepdim=True))
-    chosen = neighbour[..., None].expand_as(z)
-    squared = torch.linalg.vecdot(unit - unit.gather(1, chosen), image - image.gather(1, chosen))
+    place = neighbour + z.shape[1] * torch.arange(len(z), device=z.device)[:, None]
+    # Not by gather, whose gradient a GPU adds up in any order.
+    nearest = (F.embedding(place, x.flatten(0, 1)) for x in (unit, image))
+    squared = torch.linalg.vecdot(*(x - y for x, y in zip((unit, image), nearest, strict=True)))
     apart = squared > 0
     distance = torch.where(apart, squared, 1.0).sqrt() * apart  # equal rows: distance 0 and no gradient
     return -torch.log(distance + eps).mean(1), neighbour, v, g

@@ -179,7 +179,7 @@ class Engine:
         if is_last_try or self._is_sharded or shares_sums:
             raise TrainingStopped(
                 f"out of memory in step {step + 1} on rank {self.world.rank} with {images} images in a forward pass: "
-                "a smaller --batch-size, --activation norms or blocks, or --shard all needs less"
+                "a smaller --batch-size, --activation blocks, or --shard all needs less"
             ) from error
 
     def _to_host(self, numbers: Tensor) -> Callable[[], list[float]]:

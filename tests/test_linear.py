@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from pera_fast import ops
-from pera_fast.ops.linear import Norm
 
 linear_module = sys.modules["pera_fast.ops.linear"]  # the function of that name hides it
 _here = linear_module._traits()
@@ -113,7 +112,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def _of_norm(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A product of x * scale + shift that keeps x, as residual_norm and it do between them."""
     y = torch.addcmul(shift, x, scale).to(x.dtype)
-    return ops.linear(y, weight, bias, norm=Norm(x.detach(), scale.detach(), shift.detach()))
+    return ops.linear(y, weight, bias, norm=(x.detach(), scale.detach(), shift.detach()))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -211,7 +210,7 @@ def test_normalised_rows_are_kept_instead(precision: torch.dtype) -> None:
     x = torch.randn(5, 8, dtype=precision, requires_grad=True) + 1
     kept = StorageWeakRef(x.untyped_storage())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        y = ops.linear(x, weight, bias, norm=Norm(n, torch.ones(8), torch.zeros(8)))
+        y = ops.linear(x, weight, bias, norm=(n, torch.ones(8), torch.zeros(8)))
     assert y.dtype == precision
     del x
     assert kept.expired()
@@ -267,7 +266,7 @@ def test_under_torch_compile(
         monkeypatch.setattr(linear_module, "_traits", lambda: found)
     torch._dynamo.reset()
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((20, 8), (4, 8), (4,))]
-    norm = Norm(leaves[0].detach(), torch.ones(8), torch.zeros(8)) if has_norm else None
+    norm = (leaves[0].detach(), torch.ones(8), torch.zeros(8)) if has_norm else None
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -316,11 +315,11 @@ def test_bad_parts() -> None:
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        (((3, 4), (4,), (4,)), r"norm.normalised: expected shape \[2, 4\], got \[3, 4\]"),
+        (((3, 4), (4,), (4,)), r"norm.rows: expected shape \[2, 4\], got \[3, 4\]"),
         (((2, 4), (2,), (4,)), r"norm.weight: expected shape \[4\], got \[2\]"),
         (((2, 4), (4,), (1,)), r"norm.bias: expected shape \[4\], got \[1\]"),
     ],
 )
 def test_a_norm_of_something_else(shapes: tuple[tuple[int, ...], ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        ops.linear(torch.zeros(2, 4), torch.zeros(5, 4), norm=Norm(*(torch.zeros(shape) for shape in shapes)))
+        ops.linear(torch.zeros(2, 4), torch.zeros(5, 4), norm=tuple(torch.zeros(shape) for shape in shapes))

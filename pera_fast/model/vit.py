@@ -86,7 +86,7 @@ class Branch(nn.Module):
 
         if recompute == "blocks":
             return _again(whole, x)
-        hidden = self.enter(x, None if normalised is None else Norm(normalised, weight, bias))
+        hidden = self.enter(x, None if normalised is None else (normalised, weight, bias))
         return _again(self.leave, *self.attend(hidden, groups))
 
 

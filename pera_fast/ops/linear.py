@@ -15,13 +15,7 @@ from torch.autograd.function import once_differentiable
 from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
 
-
-class Norm(NamedTuple):
-    """What x = normalised * weight + bias was made of."""
-
-    normalised: Tensor  # float [R, F]
-    weight: Tensor  # float [F]
-    bias: Tensor  # float [F]
+Norm = tuple[Tensor, Tensor, Tensor]  # rows [R, F], weight [F] and bias [F]
 
 
 def linear(
@@ -31,9 +25,9 @@ def linear(
 
     x: float [R, F], or its parts [Rᵢ, F] in order: then nobody need join them. weight: float [D, F] in x's dtype, or
     any where autocast says which. bias: float [D].
-    norm: what x was made of by `residual_norm`, which keeps `normalised` for its backward pass: so does this one then,
-    instead of x. Of a gradient G of the output, Gᵀx = (Gᵀ normalised) * norm.weight + (Σ G) ⊗ norm.bias. Gradients
-    flow through x alone.
+    norm: (n [R, F], weight [F], bias [F]) of which x = n * weight + bias. `residual_norm` keeps n for its backward
+    pass: so does this one then, instead of x. Of a gradient G of the output, Gᵀx = (Gᵀn) * weight + (Σ G) ⊗ bias.
+    Gradients flow through x alone.
 
     Returns [R, D]. Raises ValueError when the shapes do not fit.
     """
@@ -50,7 +44,7 @@ def linear(
     if norm is not None:
         rows, features = sum(len(part) for part in parts), weight.shape[1]
         shapes = [(rows, features), (features,), (features,)]
-        for name, value, shape in zip(Norm._fields, norm, shapes, strict=True):
+        for name, value, shape in zip(("rows", "weight", "bias"), norm, shapes, strict=True):
             if value.shape != shape:
                 raise ValueError(f"norm.{name}: expected shape {list(shape)}, got {list(value.shape)}")
     return _dispatch.function("linear", weight.device.type)(parts, weight, bias, norm)

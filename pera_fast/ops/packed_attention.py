@@ -260,7 +260,7 @@ class _Operands(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, groups, longer_than):  # type: ignore[no-untyped-def]
-        ctx.shape, ctx.rest = qkv.shape, (groups, longer_than)
+        ctx.shape, ctx.dtype, ctx.device, ctx.rest = qkv.shape, qkv.dtype, qkv.device, (groups, longer_than)
         return tuple(_operands(qkv, groups, longer_than))
 
     @staticmethod
@@ -268,9 +268,14 @@ class _Operands(torch.autograd.Function):
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         if not gradients:
             return None, None, None
-        whole = gradients[0].new_empty(ctx.shape)
-        for place, gradient in zip(_operands(whole, *ctx.rest), gradients, strict=True):
-            place.copy_(gradient)
+        (groups, longer_than), given = ctx.rest, iter(gradients)
+        whole = torch.empty(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+        for part, group in zip(whole.split([n * length for n, length in groups]), groups, strict=True):
+            if group[1] <= longer_than:
+                part.copy_(next(given))
+            else:  # of q, k and v at once: where they are contiguous, in wide words
+                of_each = [next(given).transpose(1, 2) for _ in range(3)]
+                torch.stack(of_each, dim=2, out=part.unflatten(0, group))
         return whole, None, None
 
 

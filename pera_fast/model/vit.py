@@ -214,10 +214,8 @@ class VisionTransformer(nn.Module):
 
     def norm_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """The final LayerNorm, of chosen rows only. x [R, D], rows int64 [r] -> [r, D]."""
-        norm = self.norm
-        return ops.residual_norm(x, None, None, None, rows, norm.weight, norm.bias, norm.eps, dtype=_low(x))[
-            1
-        ]
+        norm, dtype = self.norm, _low(x)
+        return ops.residual_norm(x, None, None, None, rows, norm.weight, norm.bias, norm.eps, dtype=dtype)[1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features of whole images: normalised [b, C, H, W] -> (CLS [b, D], patches [b, L, D]), after the norm.

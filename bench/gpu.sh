@@ -85,7 +85,7 @@ tests engine 60 -k "cuda or gpu" tests/test_engine.py tests/test_batch.py tests/
   tests/test_loader.py tests/test_distributed.py
 tests graph 60 -k "cuda or gpu" tests/test_graph.py  # apart: a failed recording may leave traces
 steps=bench/bench_step
-benchmarks "step, eager" 60 "vit_b and not compile and not Pillow" $steps
+benchmarks "step, eager" 90 "vit_b and not compile and not Pillow" $steps
 benchmarks "step, Pillow" 60 "vit_b and Pillow" $steps
 benchmarks "largest batch" 60 largest $steps
 train demo 40 --max-steps 50 --log-every 1

@@ -90,6 +90,7 @@ class Engine:
         has_replicas = self.world.ranks > 1 and not self._is_sharded
         self._replicas = Replicas(self.model, run.reduce_in) if has_replicas else None
         self._passes_per_batch = 1
+        self._crop_indices: dict[tuple[int, int], list[Tensor]] = {}
         self._gathered = 0  # exchanges of outputs in this step
         self._temperature, self._stop, self._failed = torch.zeros(3, device=device)
         self._graph: StepGraph | None = None
@@ -428,30 +429,35 @@ class Engine:
 
     def _masks(self, step: int, part: int, images: int) -> list[CropGroup]:
         """Which patches of each crop are used, global crops and then local ones."""
-        crops, patch_px, device = self.config.crops, self.config.model.patch_px, self.world.device
-        first_image = (part * self.world.ranks + self.world.rank) * images
-        # Keyed by the image's place in the whole batch: equal masks however the batch is shared out.
-        image = first_image + torch.arange(images, device=device)
-        groups = []
-        for first_crop, num_crops, crop_px in (
-            (0, crops.num_global, crops.global_px),
-            (crops.num_global, crops.num_local, crops.local_px),
+        crops, patch_px = self.config.crops, self.config.model.patch_px
+        groups: list[CropGroup] = []
+        for crop_index, crop_px in zip(
+            self._crop_index(part, images), (crops.global_px, crops.local_px), strict=False
         ):
-            if num_crops == 0:
-                continue
             students, targets, teachers = crops.mask_counts((crop_px // patch_px) ** 2)
-            crop = first_crop + torch.arange(num_crops, device=device)
-            crop_index = (image * (crops.num_global + crops.num_local) + crop[:, None]).flatten()
             masks = CropGroup(
                 *ops.disjoint_masks(
                     crop_index, seed=self.config.run.seed, step=step,
                     num_patches=students + targets + teachers, num_student=students, num_target=targets,
                 )
             )  # fmt: skip
-            if first_crop > 0:
+            if groups:
                 masks = masks._replace(target=masks.target[:, :0].contiguous())  # local crops have no targets
             groups.append(masks)
         return groups
+
+    def _crop_index(self, part: int, images: int) -> list[Tensor]:
+        """Numbers of a forward pass's crops within the step, int64 [crops × images], global ones and then local ones.
+
+        By the image's place in the whole batch: equal masks however the batch is shared out. Equal in every step.
+        """
+        if (part, images) not in self._crop_indices:
+            counts, device = (self.config.crops.num_global, self.config.crops.num_local), self.world.device
+            image = (part * self.world.ranks + self.world.rank) * images + torch.arange(images, device=device)
+            crop = torch.arange(sum(counts), device=device)[:, None]
+            by_crop = image * sum(counts) + crop
+            self._crop_indices[part, images] = [x.flatten() for x in by_crop.split(counts) if len(x)]
+        return self._crop_indices[part, images]
 
     def _whole_batches(self, inputs: list[Input]) -> list[Callable[[Tensor], Tensor] | None]:
         """For each part, in order, how its student outputs become the whole batch's (see join_whole_batch).

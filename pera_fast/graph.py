@@ -90,13 +90,13 @@ class StepGraph:
 
 
 def _flat(of: Any, into: list[Any] | None = None) -> list[Any]:
-    """What is in nested tuples and lists, each of which is told by its length before it.
+    """What is in nested tuples and lists, each of which is told by its length before it; those of numbers as they are.
 
     torch's own way takes a third of a recorded step's work on the host. No function within: it would refer to itself,
     and so keep all tensors until cycles are collected.
     """
     flat = [] if into is None else into
-    if isinstance(of, tuple | list):
+    if isinstance(of, tuple | list) and set(map(type, of)) != {int}:
         flat.append(len(of))
         for x in of:
             _flat(x, flat)

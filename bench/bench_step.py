@@ -53,11 +53,8 @@ def bench_step(
     ("preset", "images", "peer"),
     [
         *((preset, 64, peer) for preset in ("vit_b", "vit_s") for peer in PEERS),
-        (
-            "vit_b",
-            256,
-            PEERS[0],
-        ),  # where what does not grow with the batch counts for little, and both still fit
+        # Where what does not grow with the batch counts for little, and both still fit.
+        ("vit_b", 256, PEERS[0]),
     ],
 )
 def bench_step_gpu(benchmark, preset: str, images: int, peer: str) -> None:

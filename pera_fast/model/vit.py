@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pera_fast import ops
 from pera_fast.config import ModelConfig
 from pera_fast.model.shadow import weight_of
-from pera_fast.ops.linear import Norm
+from pera_fast.ops.linear import Norm, dtype_of_products
 from pera_fast.ops.packed_attention import attention_parts
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
@@ -34,12 +34,6 @@ class Subset(NamedTuple):
 
 def _linear(layer: nn.Linear, x: Tensor | Sequence[Tensor], norm: Norm | None = None) -> Tensor:
     return ops.linear(x, weight_of(layer), layer.bias, norm=norm)
-
-
-def _low(x: Tensor) -> torch.dtype:
-    """That of the products of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _gelu_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
@@ -199,7 +193,7 @@ class VisionTransformer(nn.Module):
         """Run the blocks on x [rows, D], which is overwritten; subsets: one per branch (attention, MLP, …)."""
         output, last = None, Subset(())
         recompute = self.recompute if torch.is_grad_enabled() else "none"
-        dtype = _low(x)
+        dtype = dtype_of_products(x)
         blocks = cast(list[Block], list(self.blocks))
         branches = [pair for b in blocks for pair in ((b.norm1, b.attn), (b.norm2, b.mlp))]
         for (norm, branch), subset in zip(branches, subsets, strict=True):
@@ -214,7 +208,7 @@ class VisionTransformer(nn.Module):
 
     def norm_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """The final LayerNorm, of chosen rows only. x [R, D], rows int64 [r] -> [r, D]."""
-        norm, dtype = self.norm, _low(x)
+        norm, dtype = self.norm, dtype_of_products(x)
         return ops.residual_norm(x, None, None, None, rows, norm.weight, norm.bias, norm.eps, dtype=dtype)[1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def _library_product(
     if dtype is not None and len(parts) > 1 and not is_compiling and not _is_own(parts[0], dtype):
         parts, weight, bias = [x.to(dtype) for x in parts], weight.to(dtype), _to(bias, dtype)
         return _filled(_PartsProduct.apply(weight, bias, *parts), lambda: _of_parts(parts, weight, bias))
-    x = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    x = join_parts(parts)
     if dtype is None or (norm is None and not _is_own(x, dtype)):
         return F.linear(x, weight, bias)
     x, weight, bias = x.to(dtype), weight.to(dtype), _to(bias, dtype)
@@ -93,10 +93,20 @@ def _dtype_of(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """That of a product whose operands are made of one dtype; None: F.linear knows what to do."""
     if x.is_meta or 0 in (x.numel(), weight.numel()) or torch.float64 in (x.dtype, weight.dtype):
         return None
-    on = x.device.type
-    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+    dtype = dtype_of_products(x)
     is_low = dtype in (torch.bfloat16, torch.float16)
     return dtype if is_low or dtype == x.dtype == weight.dtype else None
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else x's."""
+    on = x.device.type
+    return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+
+
+def join_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Rows that come in parts as one matrix, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _to(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -262,5 +272,5 @@ def _transposed_times(a: Tensor, b: Tensor) -> Tensor:
 
 _dispatch.register("linear", "torch", _library_product)
 _dispatch.register(
-    "linear", "reference", lambda x, weight, bias, _: reference.linear(torch.cat(x), weight, bias)
+    "linear", "reference", lambda parts, weight, bias, _: reference.linear(join_parts(parts), weight, bias)
 )

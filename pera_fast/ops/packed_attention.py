@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
+from pera_fast.ops.linear import join_parts
 
 Groups = Sequence[tuple[int, int]]  # (number of sequences, their length), in row order
 
@@ -70,11 +71,6 @@ def attention_parts(qkv: Tensor, groups: Groups) -> list[Tensor]:
     if _dispatch.resolve("packed_attention", qkv.device.type).backend == "torch":
         return _parts(qkv, groups, qkv.shape[3] ** -0.5)
     return [packed_attention(qkv, groups)]
-
-
-def join_parts(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """`packed_attention` from its `attention_parts`."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -260,7 +256,7 @@ class _Operands(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, groups, longer_than):  # type: ignore[no-untyped-def]
-        ctx.shape, ctx.dtype, ctx.device, ctx.rest = qkv.shape, qkv.dtype, qkv.device, (groups, longer_than)
+        ctx.shape, ctx.rest = qkv.shape, (groups, longer_than)
         return tuple(_operands(qkv, groups, longer_than))
 
     @staticmethod
@@ -269,7 +265,7 @@ class _Operands(torch.autograd.Function):
         if not gradients:
             return None, None, None
         (groups, longer_than), given = ctx.rest, iter(gradients)
-        whole = torch.empty(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+        whole = gradients[0].new_empty(ctx.shape)
         for part, group in zip(whole.split([n * length for n, length in groups]), groups, strict=True):
             if group[1] <= longer_than:
                 part.copy_(next(given))

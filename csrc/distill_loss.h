@@ -42,8 +42,9 @@ struct DistillProblem {
   int64_t prototypes, rows, stride, dim;
   bool pairs;
   const float *v_student, *g_student, *v_teacher, *g_teacher;  // [prototypes, dim], [prototypes]
+  // As `pack` of cpu/product.h leaves them:
   const float *z_student_columns, *z_teacher_columns;          // [dim, stride]; pairs [dim / 2, stride]
-  const float* z_student_rows;                                 // [rows, dim]; pairs [stride / 2, dim]
+  const float* z_student_rows;                                 // [rows, dim]; pairs [rows / 2 rounded up, dim]
   const float* centre;
   float inverse_tau_teacher, inverse_tau_student;
   float *scale_student, *scale_teacher, *norm_student;  // [prototypes], made by the forward pass

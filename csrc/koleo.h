@@ -10,7 +10,8 @@ constexpr int64_t kGramBlock = 64;  // prototypes that stay in cache
 struct GramProblem {
   int64_t prototypes, dim, rows, stride;  // stride: rows rounded up to 16
   const float *v, *g;                     // [prototypes, dim], [prototypes]
-  const float* columns;                   // [dim, stride], the rows transposed
+  // As `pack` of cpu/product.h leaves them:
+  const float* columns;  // [dim, stride], the rows transposed
   // For the gradient of v: v/|v| · g times `right` is that of W. By rows [rows, dim], else [dim, dim].
   const float* right;
   bool by_rows;

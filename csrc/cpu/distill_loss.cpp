@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -204,6 +205,17 @@ DistillProblem problem_of(
   return p;
 }
 
+// The columns of z in `p`, packed; keeps what it gives them.
+std::array<std::unique_ptr<float[]>, 2> pack_columns(DistillProblem& p) {
+  static const auto pack = PERA_FAST_CHOOSE(pack_floats);
+  const int64_t depth = p.pairs ? p.dim / 2 : p.dim;
+  std::array<std::unique_ptr<float[]>, 2> kept{
+      packed_by(pack, p.z_student_columns, depth, p.stride), packed_by(pack, p.z_teacher_columns, depth, p.stride)};
+  p.z_student_columns = kept[0].get();
+  p.z_teacher_columns = kept[1].get();
+  return kept;
+}
+
 // Prototypes whose logits are in cache together: a power of two that divides 64.
 int64_t block_of(const DistillProblem& p) {
   int64_t block = 64;
@@ -228,6 +240,7 @@ void distill_forward(
   p.g_student = floats(g_student, "g_student", p.prototypes);
   p.g_teacher = floats(g_teacher, "g_teacher", p.prototypes);
   floats(state, "state", 5 * p.rows);
+  const auto columns = pack_columns(p);
   // Sums of slices are merged in order: at most 64 whatever the number of threads, so equal bits.
   const int64_t slice = std::max<int64_t>(256, ((p.prototypes + 63) / 64 + 63) / 64 * 64);
   const int64_t slices = (p.prototypes + slice - 1) / slice;
@@ -262,7 +275,6 @@ void distill_backward(
       z_student_rows.scalar_type() == kept_student.scalar_type() && z_student_rows.is_contiguous() &&
           z_student_rows.numel() == (p.pairs ? p.stride : p.rows) * p.dim,
       "z_student_rows: expected contiguous [rows, dim], of pairs [stride / 2, dim, 2]");
-  p.z_student_rows = static_cast<const float*>(z_student_rows.const_data_ptr());
   p.log_sum_x = floats(log_sum_x, "log_sum_x", p.rows);
   p.log_sum_y = floats(log_sum_y, "log_sum_y", p.rows);
   p.weight = floats(weight, "weight", p.rows);
@@ -272,6 +284,11 @@ void distill_backward(
   float* const out = dz.mutable_data_ptr<float>();
   std::fill_n(out, p.rows * p.dim, 0.0f);
 
+  static const auto pack = PERA_FAST_CHOOSE(pack_floats);
+  const auto columns = pack_columns(p);
+  const auto z_rows = packed_by(
+      pack, static_cast<const float*>(z_student_rows.const_data_ptr()), p.pairs ? (p.rows + 1) / 2 : p.rows, p.dim);
+  p.z_student_rows = z_rows.get();
   const int64_t chunk = chunk_of_stride(p.stride);
   const int64_t block = block_of(p);
   const std::unique_ptr<float[]> h(new float[static_cast<size_t>(chunk * p.stride / (p.pairs ? 2 : 1))]);

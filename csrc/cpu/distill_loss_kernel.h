@@ -179,11 +179,11 @@ inline void raw_logits(
     const DistillProblem& p, const float* v, const uint16_t* operand, const float* z_columns, int64_t n,
     float* logits) {
   if (p.pairs) {
-    const Strides strides{p.dim / 2, 1, p.stride, p.stride};
+    const Strides strides{p.dim / 2, 1, kPacked, p.stride};
     product<true>(
         reinterpret_cast<const float*>(operand), z_columns, logits, strides, n, p.stride, p.dim / 2, false);
   } else {
-    product<false>(v, z_columns, logits, {p.dim, 1, p.stride, p.stride}, n, p.stride, p.dim, false);
+    product<false>(v, z_columns, logits, {p.dim, 1, kPacked, p.stride}, n, p.stride, p.dim, false);
   }
 }
 
@@ -248,7 +248,7 @@ void distill_backward(
       for (int64_t i = 0; i < n; ++i) {  // the last pair's second row may be beyond the batch
         for (int64_t j = p.rows; j < p.stride; ++j) room.gradient[i * p.stride + j] = 0;
       }
-      const Strides strides{p.stride / 2, 1, p.dim, p.dim};
+      const Strides strides{p.stride / 2, 1, kPacked, p.dim};
       const float* const left = reinterpret_cast<const float*>(room.gradient);
       product<true>(left, p.z_student_rows, dv, strides, n, p.dim, (p.rows + 1) / 2, false);
       if (n % 2 == 1) {  // likewise the last prototype
@@ -262,7 +262,7 @@ void distill_backward(
       }
     } else {
       const float* const left = static_cast<const float*>(a.gradient);
-      product<false>(left, p.z_student_rows, dv, {p.stride, 1, p.dim, p.dim}, n, p.dim, p.rows, false);
+      product<false>(left, p.z_student_rows, dv, {p.stride, 1, kPacked, p.dim}, n, p.dim, p.rows, false);
     }
     // The weight norm's derivative takes out what is along v.
     for (int64_t i = 0; i < n; ++i) {

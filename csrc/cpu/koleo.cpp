@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../host_device.h"
 #include "checked.h"
 #include "isa.h"
 #include "tiles.h"
@@ -39,9 +40,14 @@ GramProblem problem_of(const Tensor& v, const Tensor& g, const Tensor& columns) 
 
 // sum [rows, dim] = hᵀ · v of rows first … first + rows - 1, and what gram_block makes besides. The chunks follow
 // one another, so the result does not depend on the number of threads.
-void run(const GramProblem& p, int64_t first, int64_t rows, float* sum) {
+void run(GramProblem p, int64_t first, int64_t rows, float* sum) {
   static const auto block_kernel = PERA_FAST_CHOOSE(gram_block);
   static const auto rows_kernel = PERA_FAST_CHOOSE(gram_rows);
+  static const auto pack = PERA_FAST_CHOOSE(pack_floats);
+  const auto columns = packed_by(pack, p.columns, p.dim, p.stride);
+  const auto right = packed_by(pack, p.right, p.right == nullptr ? 0 : (p.by_rows ? p.rows : p.dim), p.dim);
+  p.columns = columns.get();
+  p.right = right.get();
   std::fill_n(sum, rows * p.dim, 0.0f);
   const int64_t chunk = chunk_of_stride(p.stride);
   const std::unique_ptr<float[]> h(new float[static_cast<size_t>(chunk * p.stride)]);

@@ -1,5 +1,6 @@
 // The CPU kernels of koleo, compiled once per instruction set (for_each_isa.h).
 
+#include "numbers.h"
 #include "product.h"
 
 // For prototypes begin … end - 1 of the chunk that starts at `start`: h [chunk, stride], the rows' products with
@@ -11,11 +12,11 @@ void gram_block(const GramProblem& p, int64_t start, int64_t begin, int64_t end,
     float* const raw = h + (k - start) * p.stride;
     float norm[kGramBlock];
     row_norms(v, n, p.dim, norm);
-    product<false>(v, p.columns, raw, {p.dim, 1, p.stride, p.stride}, n, p.stride, p.dim, false);
+    product<false>(v, p.columns, raw, {p.dim, 1, kPacked, p.stride}, n, p.stride, p.dim, false);
     if (p.dv != nullptr) {
       float *const sum = p.dv + k * p.dim, *const dv = p.adds ? room : sum;
-      if (p.by_rows) product<false>(raw, p.right, dv, {p.stride, 1, p.dim, p.dim}, n, p.dim, p.rows, false);
-      else product<false>(v, p.right, dv, {p.dim, 1, p.dim, p.dim}, n, p.dim, p.dim, false);
+      if (p.by_rows) product<false>(raw, p.right, dv, {p.stride, 1, kPacked, p.dim}, n, p.dim, p.rows, false);
+      else product<false>(v, p.right, dv, {p.dim, 1, kPacked, p.dim}, n, p.dim, p.dim, false);
       for (int64_t i = 0; i < n; ++i) {
         const float* const row = v + i * p.dim;
         float* const out = dv + i * p.dim;

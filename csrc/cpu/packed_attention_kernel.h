@@ -14,8 +14,8 @@ inline int64_t lanes_of(int64_t queries) { return (queries + 15) / 16 * 16; }
 // Floats that a pass over a sequence of this length needs.
 inline int64_t attention_room(const AttentionProblem& p, int64_t length, bool backward) {
   const int64_t scores = length * kQueries, columns = p.dim * kQueries, rows = length * p.dim;
-  if (!backward) return scores + columns + (p.is_bfloat16 ? 2 * rows + columns + scores : 0);
-  return 2 * (scores + columns) + (p.is_bfloat16 ? 6 * rows + columns + 2 * scores : 0);
+  if (!backward) return scores + columns + rows + (p.is_bfloat16 ? rows + columns + scores : 0);
+  return 2 * scores + 4 * columns + rows + (p.is_bfloat16 ? 4 * rows + columns + 2 * scores : 0);
 }
 
 // Hands out parts of a thread's room.
@@ -93,6 +93,15 @@ inline Rows as_floats(const uint16_t* from, int64_t stride, int64_t n, int64_t d
   return {to, dim};
 }
 
+// Rows as the right-hand side of a product over all of them: as they lie where they are few.
+template <class As>
+inline Rows summed_over(const typename As::Type* from, int64_t stride, int64_t n, int64_t dim, Room& room) {
+  if (n <= 16) return as_floats(from, stride, n, dim, room);
+  float* const to = room.take(n * dim);
+  pack<As>(from, stride, n, dim, to);
+  return {to, kPacked};
+}
+
 // Where a product goes: straight into float32 rows, else into `room`, from where `store` takes it.
 struct Target {
   float* base;
@@ -163,7 +172,7 @@ inline void forward(const AttentionProblem& p, const AttentionItem& item, float*
     prefetch_next(item, query, 3, width, dim);
     float *const weights = room.take(n * kQueries), *const query_columns = room.take(dim * kQueries);
     const Rows key = as_floats(query + width, 3 * width, n, dim, room);
-    const Rows value = as_floats(query + 2 * width, 3 * width, n, dim, room);
+    const Rows value = summed_over<As>(query + 2 * width, 3 * width, n, dim, room);
     for (int64_t first = 0; first < n; first += kQueries) {
       Room block = room;
       const int64_t m = n - first < kQueries ? n - first : kQueries, lanes = lanes_of(m);
@@ -204,19 +213,20 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
     prefetch_next(item, gradient, 1, width, dim);
     float *const weights = room.take(n * kQueries), *const slopes = room.take(n * kQueries);
     float *const query_columns = room.take(dim * kQueries), *const gradient_columns = room.take(dim * kQueries);
-    const Rows q = as_floats(query, 3 * width, n, dim, room);
     const Rows key = as_floats(query + width, 3 * width, n, dim, room);
     const Rows value = as_floats(query + 2 * width, 3 * width, n, dim, room);
-    const Rows g = as_floats(gradient, width, n, dim, room);
+    const Rows key_summed = summed_over<As>(query + width, 3 * width, n, dim, room);
     const Target key_to = target_of(to + width, 3 * width, n, dim, room);
     const Target value_to = target_of(to + 2 * width, 3 * width, n, dim, room);
     for (int64_t first = 0; first < n; first += kQueries) {
       Room block = room;
       const int64_t m = n - first < kQueries ? n - first : kQueries, lanes = lanes_of(m);
-      const float *const q_block = q.base + first * q.stride, *const g_block = g.base + first * g.stride;
+      const T *const query_rows = query + first * 3 * width, *const gradient_rows = gradient + first * width;
+      const Rows q = summed_over<As>(query_rows, 3 * width, m, dim, block);
+      const Rows g = summed_over<As>(gradient_rows, width, m, dim, block);
       const Target query_to = target_of(to + first * 3 * width, 3 * width, m, dim, block);
-      transpose<As>(query + first * 3 * width, 3 * width, m, dim, query_columns, lanes);
-      transpose<As>(gradient + first * width, width, m, dim, gradient_columns, lanes);
+      transpose<As>(query_rows, 3 * width, m, dim, query_columns, lanes);
+      transpose<As>(gradient_rows, width, m, dim, gradient_columns, lanes);
       product<false>(key.base, query_columns, weights, {key.stride, 1, lanes, lanes}, n, lanes, dim, false);
       product<false>(value.base, gradient_columns, slopes, {value.stride, 1, lanes, lanes}, n, lanes, dim, false);
       float largest[kQueries] = {}, inverse[kQueries] = {}, along[kQueries] = {};
@@ -240,9 +250,10 @@ inline void backward(const AttentionProblem& p, const AttentionItem& item, float
         }
       }
       const bool add = first > 0;
-      product<false>(weights, g_block, value_to.base, {lanes, 1, g.stride, value_to.stride}, n, dim, m, add);
-      product<false>(slopes, q_block, key_to.base, {lanes, 1, q.stride, key_to.stride}, n, dim, m, add);
-      product<false>(slopes, key.base, query_to.base, {1, lanes, key.stride, query_to.stride}, m, dim, n, false);
+      product<false>(weights, g.base, value_to.base, {lanes, 1, g.stride, value_to.stride}, n, dim, m, add);
+      product<false>(slopes, q.base, key_to.base, {lanes, 1, q.stride, key_to.stride}, n, dim, m, add);
+      product<false>(
+          slopes, key_summed.base, query_to.base, {1, lanes, key_summed.stride, query_to.stride}, m, dim, n, false);
       store(query_to, to + first * 3 * width, 3 * width, m, dim);
     }
     store(key_to, to + width, 3 * width, n, dim);

@@ -3,8 +3,9 @@
 //
 // c [rows, columns] = a [rows, depth] · b [depth, columns], added to c where `add` says so: the sum over depth is
 // taken first, so that many additions to c lose little.
-// b and c have contiguous rows; a has any two strides, so that it may lie transposed. With `pairs` an element
-// of a and b is two bfloat16 side by side, along depth, and depth counts pairs.
+// b and c have contiguous rows; a has any two strides, so that it may lie transposed. A long b, or one whose rows lie
+// far apart, is read quicker where `pack` has put it in the order of reading. With `pairs` an element of a and b is
+// two bfloat16 side by side, along depth, and depth counts pairs.
 
 #if PERA_FAST_ISA >= 2
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
@@ -40,9 +41,31 @@ inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+constexpr int64_t kPacked = 0;
+
 struct Strides {
-  int64_t a_row, a_depth, b_row, c_row;  // in elements
+  int64_t a_row, a_depth, b_row, c_row;  // in elements; b_row may be kPacked
 };
+
+// Columns of a tile, of those that are left: as many vectors as registers hold with their sums, or what a vector is
+// too wide for.
+inline int64_t panel_of(int64_t columns) {
+  const int64_t left = columns / kLanes;
+  if (kHas32Registers && left >= 4 && left % 3 == 1) return 4 * kLanes;
+  return left == 0 ? columns : (left < 3 ? left : 3) * kLanes;
+}
+
+// b [depth, columns] with contiguous rows, panel by panel: [depth, columns of the panel] of each.
+template <class As>
+inline void pack(const typename As::Type* b, int64_t b_row, int64_t depth, int64_t columns, float* to) {
+  for (int64_t j = 0, width; j < columns; j += width) {
+    width = panel_of(columns - j);
+    for (int64_t k = 0; k < depth; ++k, to += width) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) to[i] = As::to(b[k * b_row + j + i]);
+    }
+  }
+}
 
 template <bool pairs, int rows, int vectors>
 inline void product_tile(
@@ -81,57 +104,80 @@ inline void product_columns(
     const float* a, const float* b, float* c, const Strides& stride, int64_t rows, int64_t depth, bool add) {
   // Sums, one row of b and one number of a fill the registers: 8 x 3 + 3 + 1 or 6 x 4 + 4 + 1 of 32, 4 x 3 + 3 + 1.
   constexpr int kRows = kHas32Registers ? (vectors == 4 ? 6 : 8) : 4;
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    product_tile<pairs, kRows, vectors>(a + i * stride.a_row, b, c + i * stride.c_row, stride, depth, add);
-  }
-  for (; i + 2 <= rows; i += 2) {
-    product_tile<pairs, 2, vectors>(a + i * stride.a_row, b, c + i * stride.c_row, stride, depth, add);
-  }
-  if (i < rows) product_tile<pairs, 1, vectors>(a + i * stride.a_row, b, c + i * stride.c_row, stride, depth, add);
+  // What every tile reads of b stays in the first level of the cache, 24 KB of it.
+  constexpr int64_t kDepth = 6144 / (vectors * kLanes);
+  const int64_t pieces = (depth + kDepth - 1) / kDepth, piece = pieces > 1 ? (depth + pieces - 1) / pieces : depth;
+  int64_t k = 0;
+  do {
+    const int64_t n = depth - k < piece ? depth - k : piece;
+    const float *const left = a + k * stride.a_depth, *const right = b + k * stride.b_row;
+    const bool adds = add || k > 0;
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) {
+      product_tile<pairs, kRows, vectors>(left + i * stride.a_row, right, c + i * stride.c_row, stride, n, adds);
+    }
+    for (; i + 2 <= rows; i += 2) {
+      product_tile<pairs, 2, vectors>(left + i * stride.a_row, right, c + i * stride.c_row, stride, n, adds);
+    }
+    if (i < rows) product_tile<pairs, 1, vectors>(left + i * stride.a_row, right, c + i * stride.c_row, stride, n, adds);
+    k += piece;
+  } while (k < depth);
 }
 
 template <bool pairs>
 inline void product(
-    const float* a, const float* b, float* c, const Strides& stride, int64_t rows, int64_t columns,
-    int64_t depth, bool add) {
-  int64_t j = 0;
-  for (int64_t left = columns / kLanes; left > 0; left = (columns - j) / kLanes) {
-    if (kHas32Registers && left >= 4 && left % 3 == 1) {
-      product_columns<pairs, 4>(a, b + j, c + j, stride, rows, depth, add);
-      j += 4 * kLanes;
-    } else if (left >= 3) {
-      product_columns<pairs, 3>(a, b + j, c + j, stride, rows, depth, add);
-      j += 3 * kLanes;
-    } else if (left == 2) {
-      product_columns<pairs, 2>(a, b + j, c + j, stride, rows, depth, add);
-      j += 2 * kLanes;
-    } else {
-      product_columns<pairs, 1>(a, b + j, c + j, stride, rows, depth, add);
-      j += kLanes;
+    const float* a, const float* b, float* c, Strides stride, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  const bool is_packed = stride.b_row == kPacked;
+  for (int64_t j = 0, width; j < columns; j += width, c += width) {
+    width = panel_of(columns - j);
+    if (is_packed) stride.b_row = width;
+    switch (width / kLanes) {
+      case 4:
+        if constexpr (kHas32Registers) product_columns<pairs, 4>(a, b, c, stride, rows, depth, add);
+        break;
+      case 3:
+        product_columns<pairs, 3>(a, b, c, stride, rows, depth, add);
+        break;
+      case 2:
+        product_columns<pairs, 2>(a, b, c, stride, rows, depth, add);
+        break;
+      case 1:
+        product_columns<pairs, 1>(a, b, c, stride, rows, depth, add);
+        break;
+      default:  // narrower than a vector, of float32 alone: callers pad pairs
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t n = 0; n < width; ++n) {
+            float sum = 0.0f, *const out = c + i * stride.c_row + n;
+            for (int64_t k = 0; k < depth; ++k) sum += a[i * stride.a_row + k * stride.a_depth] * b[k * stride.b_row + n];
+            *out = add ? *out + sum : sum;
+          }
+        }
     }
-  }
-  // A last piece narrower than a vector, of float32 alone: callers pad pairs.
-  for (; !pairs && j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) {
-      float sum = 0.0f, *const out = c + i * stride.c_row + j;
-      for (int64_t k = 0; k < depth; ++k) sum += a[i * stride.a_row + k * stride.a_depth] * b[k * stride.b_row + j];
-      *out = add ? *out + sum : sum;
-    }
+    b += is_packed ? depth * width : width;
   }
 }
 
-// c [rows, columns] += aᵀ · b for a [depth, ...] and b [depth, ...] with many rows each, in pieces of depth that
-// stay in cache. Strides of a and b in elements; depth of pairs counts pairs.
+// c [rows, columns] += aᵀ · b for a [depth, ...] and b [depth, ...] with many rows each. Strides of a and b in
+// elements; depth of pairs counts pairs. Each panel of b is packed for all rows of c: the more, the better.
 template <bool pairs>
 inline void add_transposed_product(
     const float* a, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
     int64_t columns, int64_t depth) {
   constexpr int64_t kPiece = 256;
+  float packed[kPiece * 4 * kLanes];
   for (int64_t k = 0; k < depth; k += kPiece) {
     const int64_t n = depth - k < kPiece ? depth - k : kPiece;
-    product<pairs>(a + k * a_depth, b + k * b_row, c, {1, a_depth, b_row, c_row}, rows, columns, n, true);
+    for (int64_t j = 0, width; j < columns; j += width) {
+      width = panel_of(columns - j);
+      pack<Float32>(b + k * b_row + j, b_row, n, width, packed);
+      product<pairs>(a + k * a_depth, packed, c + j, {1, a_depth, kPacked, c_row}, rows, width, n, true);
+    }
   }
+}
+
+// pack of float32 or pairs, for choosing by instruction set.
+inline void pack_floats(const float* b, int64_t depth, int64_t columns, float* to) {
+  pack<Float32>(b, columns, depth, columns, to);
 }
 
 // Euclidean norms of the rows of v [n, dim]; sixteen sums side by side, in equal order on every instruction set.

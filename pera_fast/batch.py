@@ -170,9 +170,22 @@ def _most(world: World, value: float) -> float:
 
 
 def _available_bytes() -> float:
+    """What the system has left, and no more than this process's control group may still take."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return min(int(line.split()[1]) * 1024, _left_to_group())
     raise ConfigError(
         "batch_size: expected a number on this system, got auto, and no /proc/meminfo to decide by"
     )
+
+
+def _left_to_group(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Of a container's limit, as Linux has it (control groups 2); infinite where there is none."""
+    try:
+        limit = float((root / "memory.max").read_text().replace("max", "inf"))
+        used = float((root / "memory.current").read_text())
+        facts = (line.split() for line in (root / "memory.stat").read_text().splitlines())
+        given_back = sum(int(value) for name, value in facts if name in ("inactive_file", "slab_reclaimable"))
+    except (OSError, ValueError):
+        return math.inf
+    return max(0.0, limit - used + given_back)

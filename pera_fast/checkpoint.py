@@ -16,7 +16,9 @@ random generator.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -80,9 +82,11 @@ def save_tensors(
     path.chmod(mode)
 
 
+_log = logging.getLogger("pera_fast")
 _FORMAT = 2
 _STATE = "state.json"
-_PREFIX = "step_"
+_NAME = re.compile(r"step_(\d{8,})")
+_PARTIAL = ".partial_"  # folders that are being written or dropped; what a kill leaves of them goes with the next save
 
 
 def save(
@@ -101,10 +105,9 @@ def save(
 
     Those of steps that `keep_every` divides stay, too, if it is not 0. images_seen: the place in the stream of images
     that the next step begins at. Every rank calls it; the first writes what is not shared out. Raises WriteError,
-    before which nothing is dropped.
+    before which nothing is dropped; on every rank where the model is shared out.
     """
-    target = folder / f"{_PREFIX}{step:08d}"
-    partial = Path(world.share(str(folder / f".partial_{step:08d}_{os.getpid()}")))
+    target = folder / f"step_{step:08d}"
     weights = dict(model.state_dict())
     moments = {
         f"{key}.{name}": value
@@ -115,11 +118,20 @@ def save(
     for i, group in enumerate(optimizer.param_groups):
         if "step" in group:
             moments[f"step.group{i}"] = torch.as_tensor(group["step"])
-    try:
-        if world.is_first:
-            for left_over in folder.glob(".partial_*"):
-                shutil.rmtree(left_over, ignore_errors=True)
+    partial, reason = folder / f"{_PARTIAL}{step:08d}_{os.getpid()}", ""
+    if world.is_first:
+        for left_over in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
             partial.mkdir(parents=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+    partial, reason = world.share(
+        (partial, reason)
+    )  # else the others would wait for the first to write its share
+    try:
+        if reason:
+            raise WriteError(reason)
         if any(hasattr(value, "to_local") for value in weights.values()):
             _save_shares({**weights, **moments}, partial)
         elif world.is_first:
@@ -135,9 +147,16 @@ def save(
         ) from error
     if world.is_first:
         for old in complete(folder)[:-keep]:
-            if not (keep_every and int(old.name.removeprefix(_PREFIX)) % keep_every == 0):
-                shutil.rmtree(old)
+            if not (keep_every and _step_of(old) % keep_every == 0):
+                _drop(old)
     return target
+
+
+def _drop(old: Path) -> None:
+    try:
+        shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL}{old.name}")))
+    except OSError as error:  # in use, on some network disks: no reason to end a run
+        _log.warning("the checkpoint %s cannot be removed: %s", old, error.strerror or error)
 
 
 def _save_shares(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -178,7 +197,16 @@ def _complete(
 
 def complete(folder: Path) -> list[Path]:
     """Whole checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob(f"{_PREFIX}*") if _is_whole(p))
+    return [path for path in named(folder) if _is_whole(path)]
+
+
+def named(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first, whole or not. A copy under another name is none of them."""
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _is_whole(path: Path) -> bool:

@@ -189,7 +189,7 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     """Standard deviation per band of the values scaled to 0..1; overrides the statistics."""
     nodata: float | None = None
-    """Value to treat as missing, besides what the files declare."""
+    """Value of missing pixels, in place of the one that a file declares; its mask and alpha count besides."""
     max_nodata_share: float = 0.05
     """Windows with a larger share of missing pixels are drawn again."""
     window_px: int = 512

@@ -51,6 +51,20 @@ class World:
         dist.all_gather(parts, values)
         return parts
 
+    def agree(self, **values: Any) -> None:
+        """ConfigError on every rank, naming the first of these values that is not the same on all of them."""
+        if self.ranks == 1:
+            return
+        every: list[dict[str, Any]] = [{}] * self.ranks
+        dist.all_gather_object(every, values)
+        for name in values:
+            for rank, theirs in enumerate(every):
+                if theirs[name] != every[0][name]:
+                    raise ConfigError(
+                        f"{name}: expected the same on every rank, got {every[0][name]} on rank 0, "
+                        f"{theirs[name]} on rank {rank}; do all see the same files?"
+                    )
+
     def mesh(self, per_node: bool) -> DeviceMesh:
         """All ranks sharing one model, or the ranks of each node sharing a copy of it."""
         device, here = self.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))

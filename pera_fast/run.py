@@ -27,7 +27,7 @@ from tqdm import tqdm
 import pera_fast
 from pera_fast import batch, checkpoint
 from pera_fast.config import Config, ConfigError, load_yaml, save_yaml, to_dict
-from pera_fast.data.index import scan_or_open
+from pera_fast.data.index import fingerprint, scan_or_open
 from pera_fast.data.loader import Batch, WindowDataset, make_loader
 from pera_fast.data.sources import DataError, SceneIndex, printable
 from pera_fast.data.statistics import Statistics, compute_statistics
@@ -54,8 +54,14 @@ class Run:
             _check_same_run(self.out, config)
         self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
+        world.agree(**_settings(config), checkpoint=f"step {found.step}" if found else "none")
         self.index = self._index()
-        self.statistics = found.statistics if found else self._statistics()
+        checksum = fingerprint(self.index.scenes, config.data.data or DEMO_SCENES)
+        world.agree(data=f"{len(self.index.scenes)} images of checksum {checksum:08x}")
+        # Another file than the one it began with is asked for on purpose.
+        is_kept = found is not None and config.data.stats in (None, found.config.data.stats)
+        self.statistics = found.statistics if found and is_kept else self._statistics()
+        world.agree(stats=self.statistics)
         if self._eval_tiles:
             check_tiles(*self._eval_tiles, self.statistics)
         self.engine = Engine(config, self.statistics, world)
@@ -85,7 +91,8 @@ class Run:
         self.asked_to_stop, self._waited = False, 0.0
         self._profiler: torch.profiler.profile | None = None
         self._bad: dict[str, str] = {}
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._is_due = 0, False
+        _log.info("%d images, %d windows an epoch", len(self.index.scenes), len(self.dataset))
 
     def read(self, step: int) -> list[Batch]:
         """This rank's batches of a step, one for each forward pass, whose crops are begun; none after the last step."""
@@ -190,10 +197,12 @@ class Run:
                 f"the loss or gradient was not finite in {run.max_skipped} steps in a row up to step {done}; "
                 f"the last good checkpoint: {kept[-1] if kept else 'none was written yet'}"
             )
-        # Weights that the next step could not use must not push a good checkpoint out.
-        due = (done % run.checkpoint_every == 0 or report.stop) and not report.skipped
-        if due or done == self.total_steps:
-            self._save(done)
+        # Weights that the next step could not use must not push a good checkpoint out: what was due is written after
+        # the next good step.
+        self._is_due |= done % run.checkpoint_every == 0
+        if (self._is_due and not report.skipped) or report.stop or done == self.total_steps:
+            self._save(done, run.keep_checkpoints + report.skipped)
+            self._is_due = False
         if report.stop and done < self.total_steps:
             raise Preempted(
                 f"a signal asked for it after step {done}; --resume goes on from the newest checkpoint"
@@ -201,12 +210,12 @@ class Run:
         if run.eval_every and done % run.eval_every == 0:
             self._evaluate_now(done)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, keep: int) -> None:
         run = self.config.run
         try:
             checkpoint.save(
                 self.out / "checkpoints", step, self.engine.model, self.engine.optimizer, self.config,
-                self.statistics, run.keep_checkpoints, self.world, run.keep_every, self._images_seen(step),
+                self.statistics, keep, self.world, run.keep_every, self._images_seen(step),
             )  # fmt: skip
         except checkpoint.WriteError as error:
             if run.on_write_error == "stop" or step == self.total_steps:
@@ -246,8 +255,13 @@ class Run:
     def _evaluate_now(self, step: int) -> None:
         """k-NN of the teacher as it is, on rank 0, into metrics.jsonl and TensorBoard."""
         teacher = self.engine.teacher()
-        if self.world.is_first and self._eval_tiles:
+        if not (self.world.is_first and self._eval_tiles):
+            return
+        try:
             result = knn(teacher, self.config, self.statistics, *self._eval_tiles, device=self.world.device)
+        except DataError as error:
+            _log.warning("no k-NN after step %d: %s", step, error)
+        else:
             self.records.value(step, "knn_top1", result["top1"])
 
     def _index(self) -> SceneIndex:
@@ -275,13 +289,19 @@ class Run:
 
     def _checkpoint(self) -> checkpoint.Checkpoint | None:
         """The checkpoint to go on from, None when there is none yet; it must be of the same networks."""
-        if not checkpoint.complete(self.out / "checkpoints"):
-            _log.info("no checkpoint in %s yet: starting at step 0", self.out)
+        folder = self.out / "checkpoints"
+        if not checkpoint.complete(folder):
+            if damaged := checkpoint.named(folder):
+                _log.warning(
+                    "no checkpoint in %s is whole, %s is not: starting at step 0", folder, damaged[-1].name
+                )
+            else:
+                _log.info("no checkpoint in %s yet: starting at step 0", self.out)
             return None
         found = checkpoint.Checkpoint.open(self.out)
         for section, name, then, now in _differences(found.config, self.config):
             # What the network sees and is must stay; the rest may change, and is said.
-            if section in ("model", "crops") or name == "bands":
+            if (section in ("model", "crops") and name != "activation") or name == "bands":
                 raise ConfigError(
                     f"{name}: expected {then} as in {found.path}, which --resume goes on from, got {now}"
                 )
@@ -334,10 +354,14 @@ class Records:
         if is_new:
             move_aside(out)
         out.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, out / "config.yaml")
         self._metrics_path = out / "metrics.jsonl"
-        self._forget_after(start_step)
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        try:
+            with checkpoint.whole(out / "config.yaml") as partial:
+                save_yaml(config, partial)
+            self._forget_after(start_step)
+            self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        except (DataError, OSError) as error:
+            self._not_written("the records of a run that begins", error)
 
     def step(
         self,
@@ -419,7 +443,8 @@ class Records:
             with self._metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain) + "\n")
         except OSError as error:
-            os.truncate(self._metrics_path, size)  # no half line
+            with suppress(OSError):
+                os.truncate(self._metrics_path, size)  # no half line
             self._not_written(f"the records of step {line['step']}", error)
         try:
             for name, value in line.items():
@@ -429,8 +454,8 @@ class Records:
             self._tensorboard = None  # its writer does not recover; metrics.jsonl holds the same
             self._not_written("TensorBoard's events, which end here,", error)
 
-    def _not_written(self, what: str, error: OSError) -> None:
-        sentence = f"{what} cannot be written to {self.out}: {error.strerror or error}"
+    def _not_written(self, what: str, error: Exception) -> None:
+        sentence = f"{what} cannot be written to {self.out}: {getattr(error, 'strerror', None) or error}"
         if self.config.run.on_write_error == "stop":
             raise TrainingStopped(sentence) from error
         _log.warning("%s; the run goes on", sentence)
@@ -479,9 +504,20 @@ def _differences(then: Config, now: Config) -> list[tuple[str, str, Any, Any]]:
     ]
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """What all ranks must be told alike: folders may have other names on another machine."""
+    own = ("data", "index", "stats", "out", "workers")
+    return {
+        name: value
+        for section in to_dict(config).values()
+        for name, value in section.items()
+        if name not in own
+    }
+
+
 def _check_same_run(out: Path, config: Config) -> None:
     """ConfigError where `out` holds a run with other values, unless --resume goes on with it."""
-    if not (out / "config.yaml").exists() or (config.run.resume and checkpoint.complete(out / "checkpoints")):
+    if config.run.resume or not (out / "config.yaml").exists():
         return
     try:
         then = load_yaml(out / "config.yaml")
@@ -506,11 +542,28 @@ def move_aside(out: Path) -> None:
     """Rename an earlier run's folder, so that a new run of the same name loses nothing."""
     if not any((out / mark).exists() for mark in _MARKS):
         return
-    number = 1
-    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
-        number += 1
-    out.rename(aside)
+    aside = _unused(out.parent, f"{out.name}.old")
+    try:
+        out.rename(aside)
+    except OSError:  # a mount point, or in a folder of somebody else's: within it, then
+        entries = [entry for entry in out.iterdir() if not entry.name.startswith("old-")]
+        aside = _unused(out, "old")
+        try:
+            aside.mkdir()
+            for entry in entries:
+                entry.rename(aside / entry.name)
+        except OSError as error:
+            raise ConfigError(
+                f"out: {out} holds an earlier run that cannot be moved aside: {error.strerror}; expected another --out"
+            ) from None
     _log.info("the earlier run in %s is now in %s", out, aside)
+
+
+def _unused(folder: Path, name: str) -> Path:
+    number = 1
+    while (path := folder / f"{name}-{number}").exists():
+        number += 1
+    return path
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h

@@ -25,6 +25,8 @@ class Args:
     """Number of bands. Default: as many as --bands names, else 3. Grey images are repeated."""
     nodata: float | None = None
     """Value without data. Default: each file's own tag."""
+    max_bad_share: float = 0.1
+    """More images that cannot be read than this share are an error."""
     out: str | None = None
     """Also write the JSON to this file."""
     max_windows: int = 512
@@ -38,7 +40,9 @@ def main(args: Args) -> None:
         raise DataError(f"--bands: expected {in_bands} band numbers from 1, got {args.bands}")
     if in_bands < 1 or args.max_windows < 1:
         raise DataError("--in-bands and --max-windows must be at least 1")
-    scenes = scan(args.dir).scenes
+    if not 0 <= args.max_bad_share <= 1:
+        raise DataError(f"--max-bad-share: expected a share from 0 to 1, got {args.max_bad_share}")
+    scenes = scan(args.dir, args.max_bad_share).scenes
     statistics = compute_statistics(
         scenes, bands=args.bands, in_bands=in_bands, nodata=args.nodata, max_windows=args.max_windows
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -49,6 +50,36 @@ def test_the_newest_are_kept(image_folder: Path, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         saved(folder, image_folder, step)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_only_what_a_run_has_named_is_dropped(image_folder: Path, tmp_path: Path) -> None:
+    saved(tmp_path, image_folder, 1)
+    for name in ("step_00000001.bak", "step_100000000"):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
+    saved(tmp_path, image_folder, 2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000002", "step_100000000"]
+    assert (tmp_path / "step_00000001.bak/state.json").exists()
+
+
+def test_a_checkpoint_that_cannot_be_dropped_ends_no_run(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some network disks refuse while another process reads it; what is left of it goes with a later one."""
+    plain = shutil.rmtree
+
+    def busy(path: Path, *arguments: Any, **options: Any) -> None:
+        if "step_00000001" in path.name and not options:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        plain(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        saved(folder, image_folder, step)
+    assert "cannot be removed: Device or resource busy" in caplog.text
+    assert [p.name for p in checkpoint.complete(folder)] == ["step_00000002", "step_00000003"]
+    saved(folder, image_folder, 4)
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000004"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no state", "half a state", "not a state"])
@@ -174,5 +205,15 @@ def test_saved_on_two_ranks_resumed_on_one_and_on_four(image_folder: Path, tmp_p
     assert checkpoint.newest(tmp_path / "four").name == "step_00000002", "a share is missing"
 
 
+def test_a_folder_that_cannot_be_made_is_said_on_every_rank(image_folder: Path, tmp_path: Path) -> None:
+    """Else those that have a share to write would wait for the first."""
+    (tmp_path / "file").touch()
+    several_ranks(__file__, 2, image_folder, tmp_path / "file" / "checkpoints", "refused", "all")
+
+
 if __name__ == "__main__":
-    _rank(*sys.argv[1:])
+    if sys.argv[3] == "refused":
+        with pytest.raises(checkpoint.WriteError, match="cannot be written to .*: Not a directory"):
+            _rank(*sys.argv[1:3], "1", sys.argv[4])
+    else:
+        _rank(*sys.argv[1:])

@@ -115,7 +115,7 @@ def test_a_scan_that_fails_leaves_nothing(tmp_path: Path) -> None:
         yield SCENES[0]
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="index: cannot write .*index: disk full"):
         write(tmp_path / "index", "/data", scenes(), [])
     assert list(tmp_path.iterdir()) == []
 

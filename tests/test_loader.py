@@ -134,6 +134,53 @@ def test_nodata_windows_are_drawn_again(tmp_path: Path) -> None:
     assert np.mean([m <= 0.05 for m in missing]) > 0.8 and max(missing) < 1
 
 
+def with_missing(path: Path, share: float, size: int = 64) -> None:
+    """A scene of which that share of the rows is missing."""
+    import rasterio
+
+    pixels = np.full((3, size, size), 9, np.uint8)
+    pixels[:, : round(share * size)] = 0
+    with rasterio.open(
+        path, "w", driver="GTiff", height=size, width=size, count=3, dtype="uint8", nodata=0
+    ) as file:
+        file.write(pixels)
+
+
+def test_the_next_scene_stands_in_for_one_that_shows_too_little(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(6):
+        with_missing(tmp_path / f"{i}.tif", 0.9 if i % 2 else 0.0)
+    assert all((dataset(tmp_path)[i].pixels != 0).all() for i in range(12))
+    assert not caplog.text
+
+
+def test_where_no_scene_shows_enough_the_best_is_taken_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(12):
+        with_missing(tmp_path / f"{i:02}.tif", 0.5 if i % 2 else 0.8)
+    data = dataset(tmp_path)
+    missing = [float((data[i].pixels == 0).mean()) for i in range(12)]
+    assert missing == [0.5] * 12
+    assert caplog.text.count("no window of 10 images in a row is below max_nodata_share = 0.05") == 1
+
+
+def test_a_file_of_a_dtype_that_nothing_is_known_of_is_a_bad_file(tmp_path: Path) -> None:
+    for i in range(11):
+        Image.new("RGB", (64, 64), (i, i, i)).save(tmp_path / f"{i:02}.png")
+    Image.fromarray(np.full((64, 64), 7, np.uint16)).save(tmp_path / "deep.tif")
+    index = scan(tmp_path)
+    statistics = compute_statistics(index.scenes[:11], bands=None, in_bands=3)
+    data = WindowDataset(index, statistics, tiny_config())
+    reason = "the statistics have no scale for uint16 images, only for uint8"
+    assert {entry for i in range(12) for entry in data[i].bad} == {(str(tmp_path / "deep.tif"), reason)}
+    few = tiny_config()
+    few = replace(few, data=replace(few.data, max_bad_share=0.05))
+    with pytest.raises(DataError, match=f"{reason}; 1 of 12 images are of it, the first is .*deep.tif"):
+        WindowDataset(index, statistics, few)
+
+
 def test_empty_windows_are_not_bad_files(tmp_path: Path) -> None:
     import rasterio
 

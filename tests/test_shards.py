@@ -127,6 +127,39 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder.name, "index"])
 
 
+def test_hidden_members_are_left_out_as_in_folders(tmp_path: Path) -> None:
+    """macOS's tar adds one to each file."""
+    shard = shard_of(
+        tmp_path / "a.tar", {"./._0.png": b"x", "./0.png": png(0), "../.cache/1.png": b"x", "2.png": png(2)}
+    )
+    found = scan(tmp_path)
+    assert [s.path for s in found.scenes] == [f"{shard}/./0.png", f"{shard}/2.png"] and not found.bad
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_named(tmp_path: Path, kind: bytes) -> None:
+    shard = shard_of(tmp_path / "a.tar", {f"{i}.png": png(i) for i in range(20)})
+    with tarfile.open(shard, "a") as tar:
+        for name in ("link.png", "notes.txt"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.png"
+            tar.addfile(link)
+    found = scan(tmp_path)
+    assert len(found.scenes) == 20
+    assert [(path, reason.split(":")[0]) for path, reason in found.bad] == [
+        (f"{shard}/link.png", "a link in a tar shard")
+    ]
+
+
+def test_joined_shards_are_not_lost_in_silence(tmp_path: Path) -> None:
+    parts = [
+        shard_of(tmp_path / f"{name}.part", {f"{name}{i}.png": png(i) for i in range(10)}) for name in "ab"
+    ]
+    (tmp_path / "a.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
+    found = scan(tmp_path)
+    assert len(found.scenes) == 10 and "another archive was joined to it" in found.bad[0][1]
+
+
 @pytest.mark.parametrize("damage", ["cut in a member", "cut in a header", "garbage", "empty", "not a tar"])
 def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path: Path, damage: str) -> None:
     whole = shard_of(tmp_path / "a.tar", {f"{i}.png": png(i) for i in range(20)})

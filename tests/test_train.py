@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ONE, run_module, tiny_config
+from conftest import ONE, run_module, start_ranks, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -95,6 +98,68 @@ def test_a_second_run_moves_the_first_aside(
     assert len(lines(out)) == 1 and len(lines(tmp_path / "run.old-1")) == 1
 
 
+def test_a_run_in_a_mount_point_is_moved_aside_within_it(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = tmp_path / "run", Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if path == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return plain(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for _ in range(3):
+        train_here(*SMALL, "--data", image_folder, "--out", out, "--max-steps", 1)
+    assert [len(lines(folder)) for folder in (out, out / "old-1", out / "old-2")] == [1, 1, 1]
+
+
+def test_what_a_resumed_run_may_be_told_anew(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None]
+) -> None:
+    """What is kept for the backward pass, as an error of memory advises, and other statistics."""
+    out, stats = tmp_path / "run", tmp_path / "stats.json"
+    command = [*SMALL, "--data", image_folder, "--out", out]
+    train_here(*command, "--max-steps", 1)
+    state = json.loads((out / "checkpoints/step_00000001/state.json").read_text())
+    statistics = {**state["statistics"], "mean": [0.5, 0.25, 0.125]}
+    stats.write_text(json.dumps(statistics))
+    train_here(*command, "--max-steps", 2, "--resume", "--activation", "blocks", "--stats", stats)
+    train_here(*command, "--max-steps", 3, "--resume")  # the same from now on
+    for step in (2, 3):
+        state = json.loads((out / f"checkpoints/step_{step:08d}/state.json").read_text())
+        assert state["statistics"] == statistics
+
+
+def test_a_damaged_checkpoint_is_named(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    command = [*SMALL, "--data", image_folder, "--out", out, "--max-steps", 1]
+    train_here(*command)
+    (out / "checkpoints/step_00000001/model.safetensors").write_bytes(b"")
+    train_here(*command, "--resume", "--lr", 0.25)
+    assert "is whole, step_00000001 is not: starting at step 0" in caplog.text
+    assert (tmp_path / "run.old-1/checkpoints/step_00000001").exists()
+
+
+def test_evaluation_that_fails_ends_no_run(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def gone(*_: object, **__: object) -> None:
+        raise DataError("no val image can be read")
+
+    monkeypatch.setattr(run_of_training, "knn", gone)
+    for name in ("train", "val"):
+        for kind in ("a", "b"):
+            shutil.copytree(image_folder, tmp_path / name / kind)
+    folders = ("--eval-train", tmp_path / "train", "--eval-val", tmp_path / "val", "--eval-every", 1)
+    out = tmp_path / "run"
+    train_here(*SMALL, "--data", image_folder, "--out", out, "--max-steps", 2, *folders)
+    assert caplog.text.count("no k-NN after step") == 2 and len(lines(out)) == 2
+
+
 def test_the_folder_of_another_run_is_refused(
     image_folder: Path, tmp_path: Path, train_here: Callable[..., None]
 ) -> None:
@@ -124,6 +189,42 @@ def test_torchrun_with_two_ranks(image_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in lines(tmp_path / "run")] == [1, 2]
     assert done.stderr.count("images a step") == 1  # not by each rank
+
+
+AS_RANK = """
+import os, runpy, sys
+sys.argv[1:] = [argument.replace("RANK", os.environ["RANK"]) for argument in sys.argv[1:]]
+runpy.run_module("pera_fast.train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "data", "seed"])
+def test_ranks_that_disagree_are_told_so(what: str, image_folder: Path, tmp_path: Path) -> None:
+    """As where --out or --data is a folder of each machine's own: not one step is made."""
+    for rank in (0, 1):
+        shutil.copytree(image_folder, tmp_path / f"data{rank}")
+    command = [*SMALL, "--data", tmp_path / "data0", "--max-steps", 1, "--stats", tmp_path / "stats.json"]
+    done = run_module("pera_fast.stats", image_folder, "--out", tmp_path / "stats.json")
+    assert done.returncode == 0, done.stderr
+    if what == "checkpoint":
+        done = run_module("pera_fast.train", *command, "--out", tmp_path / "out0")
+        assert done.returncode == 0, done.stderr
+    if what == "data":  # the folders may be another, what is in them may not
+        next((tmp_path / "data1").iterdir()).unlink()
+    own = {
+        "checkpoint": ("--out", tmp_path / "outRANK", "--resume"),
+        "data": ("--out", tmp_path / "out", "--data", tmp_path / "dataRANK"),
+        "seed": ("--out", tmp_path / "out", "--data", tmp_path / "dataRANK", "--seed", "RANK"),
+    }[what]
+    processes = start_ranks(2, "-c", AS_RANK, *command, *own, stderr=subprocess.PIPE)
+    try:
+        errors = [p.communicate(timeout=200)[1].decode() for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [2, 2], errors
+    assert all(f"{what}: expected the same on every rank, got " in error for error in errors), errors
+    assert not list(tmp_path.glob("out*/metrics.jsonl")) or what == "checkpoint"
 
 
 def test_yaml_config_is_read_and_written(image_folder: Path, tmp_path: Path) -> None:
@@ -256,6 +357,25 @@ def test_a_run_that_stays_non_finite_stops_with_its_checkpoint(image_folder: Pat
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
     assert lines(out)[-1]["skipped_steps"] == 3
     assert run_module(*small, "--resume", "--max-steps", 3).returncode == 0
+
+
+@pytest.mark.parametrize("is_asked_to_stop", [False, True])
+def test_a_checkpoint_that_falls_on_a_skipped_step(
+    is_asked_to_stop: bool, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written after the next step, or at once by a run that ends there: its weights are those of before."""
+    plain = run_of_training.Run.after_step
+
+    def after_step(self: Any, step: int, report: Any, batches: Any) -> None:
+        report = replace(report, skipped=step == 3, stop=is_asked_to_stop and step == 3)
+        plain(self, step, report, batches)
+
+    monkeypatch.setattr(run_of_training.Run, "after_step", after_step)
+    out = tmp_path / "run"
+    with pytest.raises(Preempted) if is_asked_to_stop else nullcontext():
+        _with_loader(image_folder, out, monkeypatch, lambda number: None)
+    kept = [p.name for p in run_of_training.checkpoint.complete(out / "checkpoints")]
+    assert kept == (["step_00000004"] if is_asked_to_stop else ["step_00000005", "step_00000006"])
 
 
 def test_misspelt_option_is_an_error(tmp_path: Path) -> None:

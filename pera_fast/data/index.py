@@ -94,6 +94,10 @@ class SceneTable(Sequence[Scene]):
         """Of the scenes, each once; the column "dtype" counts in them."""
         return list(self._facts["dtypes"])
 
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(repr(sorted(self._facts["crc32"].items())).encode())
+
     def column(self, name: str) -> np.ndarray:
         """height, width, num_bands or dtype of every scene."""
         return self._rows[name]
@@ -133,6 +137,17 @@ def dtype_codes(scenes: Sequence[Scene]) -> tuple[list[str], np.ndarray]:
     return names, np.array([names.index(s.dtype) for s in scenes])
 
 
+def fingerprint(scenes: Sequence[Scene], root: str | os.PathLike[str]) -> int:
+    """A checksum of the scenes' paths below root, sizes and dtypes: of the columns, where they are on disk."""
+    if isinstance(scenes, SceneTable):
+        return scenes.checksum
+    found = 0
+    for s in scenes:
+        facts = f"\0{s.height} {s.width} {s.dtype}\0".encode()
+        found = zlib.crc32(_after(os.fspath(root), s.path) + facts, found)
+    return found
+
+
 def write(
     folder: str | os.PathLike[str], root: str, scenes: Iterable[Scene], bad: Sequence[tuple[str, str]]
 ) -> None:
@@ -140,11 +155,11 @@ def write(
     target = Path(folder)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     dtypes: dict[str, int] = {}
     nodata: dict[Any, int] = {}
     end = 0
     try:
+        partial.mkdir(parents=True)
         with (partial / "rows.bin").open("wb") as rows, (partial / "text.bin").open("wb") as text:
             for scene in scenes:
                 place = scene.place or Place("", 0, 0)
@@ -168,9 +183,10 @@ def write(
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-    except BaseException:
+    except OSError as error:
+        raise DataError(f"index: cannot write {printable(target)}: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def scan_or_open(

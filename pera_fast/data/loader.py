@@ -32,6 +32,7 @@ _ALIGN = 16  # bytes; everything in a batch's buffer starts where any dtype may 
 # buffer of 32 RGB windows of 512 px stays below 32 MiB, glibc's largest mmap threshold: its memory is used again.
 _PIECE = 32
 _WINDOW_DRAWS = 10
+_EMPTY_DRAWS = 10  # scenes in a row without a window that shows enough
 _SCENE_DRAWS = 1000  # then the data are gone, and going through millions more of them would look like a hang
 _GRACE = 60  # seconds a worker goes on for after SIGTERM
 _DATA_ERROR = f"{DataError.__module__}.{DataError.__qualname__}"  # as a traceback names it
@@ -101,9 +102,9 @@ class WindowDataset(Dataset[Sample]):
     def __init__(self, index: SceneIndex, statistics: Statistics, config: Config) -> None:
         self.scenes, self.statistics, self.config = index.scenes, statistics, config
         self.ends = np.cumsum(window_counts(self.scenes, config.data.window_px))
-        for dtype in sorted(dtype_codes(self.scenes)[0]):
-            statistics.scale_of(dtype)  # a DataError now rather than in a worker later
+        self._check_dtypes()
         self._order: tuple[int, np.ndarray] | None = None
+        self._has_warned = False
 
     def __len__(self) -> int:
         """Windows per epoch."""
@@ -116,35 +117,68 @@ class WindowDataset(Dataset[Sample]):
             self._order = (epoch, shuffled)
         return self._order[1]
 
+    def _check_dtypes(self) -> None:
+        """DataError where more images are of a dtype that nothing is known of than may be bad."""
+        dtypes, codes = dtype_codes(self.scenes)
+        for code, dtype in enumerate(dtypes):
+            try:
+                self.statistics.scale_of(dtype)
+            except DataError as error:
+                those = np.flatnonzero(codes == code)
+                if len(those) > self.config.data.max_bad_share * len(self.scenes):
+                    first = printable(self.scenes[int(those[0])].path)
+                    raise DataError(
+                        f"{error}; {len(those)} of {len(self.scenes)} images are of it, the first is {first}"
+                    ) from None
+
     def __getitem__(self, position: int) -> Sample:
         epoch, place = divmod(position, len(self))
         bad: list[tuple[str, str]] = []
-        # The next scene in the epoch's order stands in for one that cannot be read or shows nothing.
+        best: tuple[float, Scene, np.ndarray, tuple[np.ndarray, np.ndarray], np.random.Generator] | None = (
+            None
+        )
+        empty = 0
+        # The next scene in the epoch's order stands in for one that cannot be read or shows too little.
         for tries in range(min(len(self), _SCENE_DRAWS)):
+            if best is not None and empty == _EMPTY_DRAWS:
+                break
             sample = int(self.order(epoch)[(place + tries) % len(self)])
             scene = self.scenes[int(np.searchsorted(self.ends, sample, side="right"))]
             random = np.random.default_rng([self.config.run.seed, epoch, sample])
             try:
-                pixels = self._read(scene, random)
-            except UnreadableImage as error:
-                bad.append((error.path, error.reason))
+                scale = self.statistics.scale_of(scene.dtype)
+                pixels, missing = self._read(scene, random)
+            except (UnreadableImage, DataError) as error:
+                bad.append((scene.path, error.reason if isinstance(error, UnreadableImage) else str(error)))
                 continue
-            if pixels is None:
-                continue  # bad luck in a scene that is mostly empty, not a bad file
-            low, high = self.statistics.scale_of(scene.dtype)
-            crops = {
-                kind: draw_crops(random, pixels.shape[1], pixels.shape[2], self.config.crops, kind)
-                for kind in ("global", "local")
-            }
-            return Sample(pixels, low.astype(np.float32), high.astype(np.float32), crops, bad)
-        if not bad:
-            raise DataError(f"no window with a valid pixel was found in {tries + 1} draws")
-        raise DataError(f"no image is readable any more; the first is {printable(bad[0][0])}: {bad[0][1]}")
+            empty += 1  # bad luck in a scene that is mostly empty, not a bad file
+            if pixels is not None and (best is None or missing < best[0]):
+                best = missing, scene, pixels, scale, random
+                if missing <= self.config.data.max_nodata_share:
+                    break
+        if best is None:
+            if not bad:
+                raise DataError(f"no window with a valid pixel was found in {tries + 1} draws")
+            raise DataError(
+                f"no image is readable any more; the first is {printable(bad[0][0])}: {bad[0][1]}"
+            )
+        missing, scene, pixels, (low, high), random = best
+        if missing > self.config.data.max_nodata_share and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "no window of %d images in a row is below max_nodata_share = %g: the best is taken, with %.2f, of %s",
+                empty, self.config.data.max_nodata_share, missing, printable(scene.path),
+            )  # fmt: skip
+        crops = {
+            kind: draw_crops(random, pixels.shape[1], pixels.shape[2], self.config.crops, kind)
+            for kind in ("global", "local")
+        }
+        return Sample(pixels, low.astype(np.float32), high.astype(np.float32), crops, bad)
 
-    def _read(self, scene: Scene, random: np.random.Generator) -> np.ndarray | None:
-        """A window of the scene; one with too many missing pixels is drawn again, the best one is kept.
+    def _read(self, scene: Scene, random: np.random.Generator) -> tuple[np.ndarray | None, float]:
+        """A window of the scene and its share of missing pixels: one with too many is drawn again, the best is kept.
 
-        None when not one of the windows drawn has a valid pixel.
+        None, 1 when not one of the windows drawn has a valid pixel.
         """
         data = self.config.data
         height, width = min(scene.height, data.window_px), min(scene.width, data.window_px)
@@ -167,7 +201,7 @@ class WindowDataset(Dataset[Sample]):
                 best, best_share = pixels, missing
             if missing <= data.max_nodata_share:
                 break
-        return best
+        return best, best_share
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -24,8 +24,9 @@ class Place(NamedTuple):
     size: int
 
 
-def members(shard: str) -> Iterator[tuple[str, Place]]:
-    """(name, place) of every file in a shard, as they are stored. Their bytes are not read.
+def members(shard: str) -> Iterator[tuple[str, Place | None]]:
+    """(name, place) of every file in a shard, as they are stored, and of links, which have no place of their own. Their
+    bytes are not read.
 
     tarfile.TarError or OSError at the place where the shard is damaged, after what came before it.
     """
@@ -33,6 +34,8 @@ def members(shard: str) -> Iterator[tuple[str, Place]]:
         length = os.fstat(file.fileno()).st_size
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # kept for extraction, which is not done here
+            if member.issym() or member.islnk():
+                yield member.name, None
             if not member.isreg():
                 continue
             if member.issparse():
@@ -44,6 +47,11 @@ def members(shard: str) -> Iterator[tuple[str, Place]]:
         file.seek(tar.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.TarError(f"no header at byte {tar.offset}")
+        while rest := file.read(1 << 20):  # zeros to the end of a record, but for archives that were joined
+            if rest.strip(b"\0"):
+                raise tarfile.TarError(
+                    f"more after its end at byte {tar.offset}: another archive was joined to it"
+                )
 
 
 class _Part(io.RawIOBase):

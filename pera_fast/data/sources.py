@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import struct
 import tarfile
@@ -208,6 +209,9 @@ def scan(root: str | os.PathLike[str], max_bad_share: float = 0.1, log: logging.
     return SceneIndex(scenes, bad)
 
 
+_HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # a part of a path that begins with a dot, but . and ..
+
+
 def _scenes_of(path: str) -> list[Scene | UnreadableImage]:
     """The scene of an image's file, or those in a shard, and what cannot be read of it."""
     if path.lower().endswith(shards.COMPRESSED):
@@ -217,8 +221,17 @@ def _scenes_of(path: str) -> list[Scene | UnreadableImage]:
     found: list[Scene | UnreadableImage] = []
     try:
         for name, place in shards.members(path):
-            if name.lower().endswith(EXTENSIONS):
-                found.append(_scene_or_error(f"{path}/{name}", place))
+            # Hidden files are left out, as in folders: macOS's tar adds one to each.
+            if not name.lower().endswith(EXTENSIONS) or _HIDDEN.search(name):
+                continue
+            member = f"{path}/{name}"
+            found.append(
+                UnreadableImage(
+                    member, "a link in a tar shard: write it with `tar --dereference --hard-dereference`"
+                )
+                if place is None
+                else _scene_or_error(member, place)
+            )
     except (tarfile.TarError, OSError, ValueError) as error:
         found.append(UnreadableImage(path, _reason(error, path)))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import subprocess
@@ -22,16 +21,12 @@ from pera_fast.data.sources import DataError, Scene, scan
 from pera_fast.data.statistics import plan_windows
 
 SCENES = [
-    Scene("/data/a.jpg", 60, 70, 3, "uint8", None),
-    Scene("/data/b/ä.tif", 900, 10, 4, "uint16", 0.0),
-    Scene("/data/b/" + os.fsdecode(b"\xff.tif"), 70000, 513, 13, "float32", math.nan),
-    Scene("/data/c.png", 512, 512, 1, "uint8", -9999.0),
-    Scene("/data/d.tar/../é/x.jpg", 5, 6, 3, "uint8", None, Place("/data/d.tar", 2**33 + 512, 1999)),
+    Scene("/data/a.jpg", 60, 70, 3, "uint8"),
+    Scene("/data/b/ä.tif", 900, 10, 4, "uint16"),
+    Scene("/data/b/" + os.fsdecode(b"\xff.tif"), 70000, 513, 13, "float32"),
+    Scene("/data/c.png", 512, 512, 1, "uint8"),
+    Scene("/data/d.tar/../é/x.jpg", 5, 6, 3, "uint8", Place("/data/d.tar", 2**33 + 512, 1999)),
 ]
-
-
-def same(a: Scene, b: Scene) -> bool:
-    return repr(a) == repr(b)  # NaN included
 
 
 @pytest.fixture
@@ -41,15 +36,13 @@ def table(tmp_path: Path) -> SceneTable:
 
 
 def test_scenes_come_back_as_they_went(table: SceneTable) -> None:
-    assert len(table) == 5 and all(same(a, b) for a, b in zip(table, SCENES, strict=True))
-    assert same(table[-1], SCENES[4]) and [s.path for s in table[1:3]] == [s.path for s in SCENES[1:3]]
+    assert len(table) == 5 and list(table) == SCENES
+    assert table[-1] == SCENES[4] and [s.path for s in table[1:3]] == [s.path for s in SCENES[1:3]]
     with pytest.raises(IndexError):
         table[5]
     assert table.bad == [("/data/" + os.fsdecode(b"\xfe"), "empty file")]
     again = pickle.loads(pickle.dumps(table))
-    assert len(pickle.dumps(table)) < 500 and same(again[2], SCENES[2]), (
-        "a worker maps the file, nothing is sent"
-    )
+    assert len(pickle.dumps(table)) < 500 and again[2] == SCENES[2], "a worker maps the file, nothing is sent"
 
 
 def test_columns_are_those_of_the_list(table: SceneTable) -> None:
@@ -89,7 +82,7 @@ def test_what_cannot_be_used_is_refused(table: SceneTable, tmp_path: Path) -> No
     rows = table.folder / "rows.bin"
     whole = rows.read_bytes()
     rows.write_bytes(whole[: -len(whole) // len(SCENES)])
-    with pytest.raises(DataError, match="index: expected format 3, whole"):
+    with pytest.raises(DataError, match="index: expected format 4, whole"):
         SceneTable(table.folder)
     rows.write_bytes(whole[:-3])
     with pytest.raises(DataError, match="index: .* cannot be read"):
@@ -157,7 +150,7 @@ print(len(dataset), ready, worker)
 def test_five_million_images_on_64_ranks(tmp_path: Path) -> None:
     """From the index to the first batch in under ten seconds, 300 MB a worker, no image twice in an epoch."""
     count, folder = 5_000_000, tmp_path / "index"
-    write(folder, "/data", [Scene("/data/0000000.jpg", 64, 64, 3, "uint8", None)], [])
+    write(folder, "/data", [Scene("/data/0000000.jpg", 64, 64, 3, "uint8")], [])
     rows = np.tile(np.fromfile(folder / "rows.bin", index_module._ROW), count)
     digits = np.arange(count)[:, None] // 10 ** np.arange(6, -1, -1) % 10 + ord("0")
     text = np.concatenate(

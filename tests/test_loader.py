@@ -211,7 +211,7 @@ def test_a_file_that_goes_bad_is_replaced_and_named(image_folder: Path) -> None:
 
 def test_data_that_are_gone_are_given_up_soon(image_folder: Path) -> None:
     """As where a disk with millions of images is taken away."""
-    gone = [Scene(f"/gone/{i}.png", 64, 64, 3, "uint8", None) for i in range(100_000)]
+    gone = [Scene(f"/gone/{i}.png", 64, 64, 3, "uint8") for i in range(100_000)]
     data = dataset(image_folder)
     everything = WindowDataset(SceneIndex(gone, []), data.statistics, data.config)
     started = time.perf_counter()

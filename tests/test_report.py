@@ -361,7 +361,7 @@ def test_heat_is_dark_where_there_is_nothing() -> None:
 
 
 def test_tiles_lie_within_the_scene_and_apart() -> None:
-    scene = Scene("x", 500, 730, 3, "uint8", None)
+    scene = Scene("x", 500, 730, 3, "uint8")
     for count, side in ((1, 256), (4, 250), (22, 100), (160, 48)):
         windows = pictures._tile_windows(scene, count, 256, np.random.default_rng(0))
         seen = np.zeros((scene.height, scene.width), int)
@@ -398,7 +398,7 @@ def test_tiles_without_data_are_left_out(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_the_most_similar_that_do_not_touch() -> None:
-    scene, other = (Scene(name, 100, 400, 3, "uint8", None) for name in "ab")
+    scene, other = (Scene(name, 100, 400, 3, "uint8") for name in "ab")
     angles = {(scene, 0): 0.0, (scene, 100): 0.1, (scene, 200): 0.45, (scene, 300): 0.22, (other, 100): 0.3}
     tiles = [
         SeenTile(

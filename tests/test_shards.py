@@ -47,7 +47,7 @@ def test_shards_of_webdataset_are_read_as_the_files_they_were_made_of(packed: Pa
     assert [Path(s.path).name for s in found] == [p.name for p in DEMO] and not scan(packed).bad
     for scene in found:
         file = files[Path(scene.path).name]
-        for name in ("height", "width", "num_bands", "dtype", "nodata"):
+        for name in ("height", "width", "num_bands", "dtype"):
             assert getattr(scene, name) == getattr(file, name)
         assert np.array_equal(pixels_of(scene), pixels_of(file))
     # Those that webdataset itself reads, in its order.

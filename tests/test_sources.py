@@ -71,7 +71,7 @@ def read_all(path: Path, in_bands: int = 3, **options) -> tuple[np.ndarray, np.n
 
 
 def summary(scene: Scene) -> tuple:
-    return scene.height, scene.width, scene.num_bands, scene.dtype, scene.nodata
+    return scene.height, scene.width, scene.num_bands, scene.dtype
 
 
 # Finding files
@@ -127,7 +127,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, suffix: bytes, caplog: pytest.L
         pytest.skip("this file system takes UTF-8 names only")
     Path(tmp_path / "bad.jpg").touch()
     index = scan(tmp_path, max_bad_share=0.5)
-    assert summary(index.scenes[0]) == (8, 9, 3, "uint8", None)
+    assert summary(index.scenes[0]) == (8, 9, 3, "uint8")
     read_all(Path(index.scenes[0].path))
     os.truncate(odd, 0)
     with pytest.raises(DataError) as caught:
@@ -198,13 +198,13 @@ def test_demo_scenes() -> None:
     found = {os.path.basename(scene.path): summary(scene) for scene in index.scenes}
     assert not index.bad
     assert found == {
-        "landsat8_224077.tif": (768, 768, 3, "uint16", None),
-        "landsat_rmnp.jpg": (373, 485, 3, "uint8", None),
-        "neon_osbs.tif": (400, 400, 3, "uint8", None),
-        "neon_soap.jpg": (400, 800, 3, "uint8", None),
-        "neon_yell_forest.jpg": (1024, 1024, 3, "uint8", None),
-        "neon_yell_open.jpg": (1024, 1024, 3, "uint8", None),
-        "sentinel2_6band.tif": (200, 300, 6, "uint16", None),
+        "landsat8_224077.tif": (768, 768, 3, "uint16"),
+        "landsat_rmnp.jpg": (373, 485, 3, "uint8"),
+        "neon_osbs.tif": (400, 400, 3, "uint8"),
+        "neon_soap.jpg": (400, 800, 3, "uint8"),
+        "neon_yell_forest.jpg": (1024, 1024, 3, "uint8"),
+        "neon_yell_open.jpg": (1024, 1024, 3, "uint8"),
+        "sentinel2_6band.tif": (200, 300, 6, "uint16"),
     }
     for scene in index.scenes:
         pixels, valid = read_all(Path(scene.path))
@@ -218,7 +218,7 @@ def test_tiled_tiff_windows_equal_the_full_array(tmp_path: Path) -> None:
     bands = noise(4, 150, 230, dtype="uint16", high=65536)
     path = write_tiff(tmp_path / "a.tif", bands, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
     scene = open_scene(path)
-    assert summary(scene) == (150, 230, 4, "uint16", None)
+    assert summary(scene) == (150, 230, 4, "uint16")
     windows = [(0, 0, 150, 230), (149, 229, 1, 1), (60, 60, 10, 10), (3, 100, 140, 17), (0, 0, 1, 230)]
     several = list(read_windows(scene, windows, bands=(4, 1), in_bands=2))
     for (top, left, height, width), (pixels, valid) in zip(windows, several, strict=True):
@@ -234,7 +234,7 @@ def test_six_bands_with_nodata_tag(tmp_path: Path) -> None:
     bands[:, :4] = 0
     bands[1, 10, 10] = 0
     path = write_tiff(tmp_path / "a.tif", bands, nodata=0, photometric="minisblack")
-    assert summary(open_scene(path)) == (20, 30, 6, "uint16", 0.0)
+    assert summary(open_scene(path)) == (20, 30, 6, "uint16")
     pixels, valid = read_all(path, 6)
     np.testing.assert_array_equal(pixels, bands)
     np.testing.assert_array_equal(valid, (bands != 0).all(axis=0))
@@ -412,11 +412,11 @@ def test_pillow_windows_equal_the_full_image(
 def test_png_grey_8_and_16_bit(tmp_path: Path) -> None:
     grey = noise(7, 9)
     path = save(tmp_path / "a.png", grey)
-    assert summary(open_scene(path)) == (7, 9, 1, "uint8", None)
+    assert summary(open_scene(path)) == (7, 9, 1, "uint8")
     np.testing.assert_array_equal(read_all(path, 1)[0][0], grey)
     deep = noise(7, 9, dtype="uint16", high=65536)
     path = save(tmp_path / "b.png", deep)
-    assert summary(open_scene(path)) == (7, 9, 1, "uint16", None)
+    assert summary(open_scene(path)) == (7, 9, 1, "uint16")
     np.testing.assert_array_equal(read_all(path, 3)[0], np.stack([deep] * 3))
     scene = open_scene(path)
     np.testing.assert_array_equal(
@@ -430,7 +430,7 @@ def test_png_16_bit_rgba(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     with rasterio.open(path, "w", driver="PNG", count=4, height=7, width=9, dtype="uint16") as dataset:
         dataset.write(bands)
-    assert summary(open_scene(path)) == (7, 9, 3, "uint16", None)
+    assert summary(open_scene(path)) == (7, 9, 3, "uint16")
     pixels, valid = read_all(path)
     np.testing.assert_array_equal(pixels, bands[:3])
     np.testing.assert_array_equal(valid, bands[3] != 0)
@@ -486,7 +486,7 @@ def test_png_palette_becomes_rgb(tmp_path: Path, transparency: int | bytes | Non
 def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
     colour = np.zeros((16, 16, 3), dtype=np.uint8) + np.array([200, 100, 50], dtype=np.uint8)
     path = save(tmp_path / "a.jpg", colour, "CMYK", quality=95)
-    assert summary(open_scene(path)) == (16, 16, 3, "uint8", None)
+    assert summary(open_scene(path)) == (16, 16, 3, "uint8")
     assert np.abs(read_all(path)[0].mean(axis=(1, 2)) - [200, 100, 50]).max() < 4
 
 

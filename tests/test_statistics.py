@@ -121,7 +121,7 @@ def test_sample_of_the_demo_scenes_is_near_the_whole() -> None:
 @pytest.mark.parametrize("max_windows", [1, 3, 5, 6, 20, 61, 62, 1000])
 def test_plan_spreads_over_all_scenes(max_windows: int) -> None:
     sizes = [(10, 10), (100, 230), (64, 65), (300, 300), (1, 7)]
-    scenes = [Scene(f"{n}.tif", height, width, 3, "uint8", None) for n, (height, width) in enumerate(sizes)]
+    scenes = [Scene(f"{n}.tif", height, width, 3, "uint8") for n, (height, width) in enumerate(sizes)]
     plan = plan_windows(scenes, max_windows, 64, seed=0)
     cells = 1 + 8 + 2 + 25 + 1
     assert sum(len(windows) for _, windows in plan) == min(max_windows, cells)
@@ -138,7 +138,7 @@ def test_plan_spreads_over_all_scenes(max_windows: int) -> None:
 
 def test_plan_reaches_every_dtype() -> None:
     rare = {700: "uint16", 3: "float32", 4: "float32"}
-    scenes = [Scene(f"{n:04}", 50, 50, 3, rare.get(n, "uint8"), None) for n in range(1000)]
+    scenes = [Scene(f"{n:04}", 50, 50, 3, rare.get(n, "uint8")) for n in range(1000)]
     for seed in range(5):
         picked = [scene for scene, _ in plan_windows(scenes, 20, 64, seed)]
         assert len(picked) == 20 and picked == sorted(picked, key=lambda scene: scene.path)

@@ -1,7 +1,7 @@
 """A scanned folder as columns on disk: millions of scenes, opened at once and shared between processes.
 
     index/
-        index.json    format, root, the dtypes and nodata values that rows refer to, unreadable files, checksums
+        index.json    format, root, the dtypes that rows refer to, unreadable files, checksums
         rows.bin      one row per scene, in path order; shard: 0, or 1 + bytes of its text that name its tar shard
         text.bin      what follows root in their paths, one after the other, as bytes
 
@@ -23,11 +23,11 @@ import numpy as np
 from pera_fast.data.shards import Place
 from pera_fast.data.sources import DataError, Scene, SceneIndex, printable, scan
 
-_FORMAT = 3
+_FORMAT = 4
 _COLUMNS = ("rows.bin", "text.bin")
 _ROW = np.dtype(
     [
-        ("end", "u8"), ("height", "u4"), ("width", "u4"), ("num_bands", "u2"), ("dtype", "u1"), ("nodata", "u2"),
+        ("end", "u8"), ("height", "u4"), ("width", "u4"), ("num_bands", "u2"), ("dtype", "u1"),
         ("shard", "u2"), ("start", "u8"), ("size", "u8"),
     ]
 )  # fmt: skip
@@ -47,7 +47,7 @@ class SceneTable(Sequence[Scene]):
             raise DataError(f"index: {printable(self.folder)} cannot be read: {error}") from None
         if not is_whole:
             raise DataError(
-                f"index: expected format {_FORMAT}, whole, got another in {printable(self.folder)}"
+                f"index: expected format {_FORMAT}, whole, got another in {printable(self.folder)}: remove it"
             )
         self.root = os.fsdecode(bytes.fromhex(self._facts["root"]))
         self.bad = [(os.fsdecode(bytes.fromhex(path)), reason) for path, reason in self._facts["bad"]]
@@ -80,7 +80,6 @@ class SceneTable(Sequence[Scene]):
             width=int(row["width"]),
             num_bands=int(row["num_bands"]),
             dtype=self._facts["dtypes"][row["dtype"]],
-            nodata=self._facts["nodata"][row["nodata"]],
         )
 
     def check(self) -> None:
@@ -156,7 +155,6 @@ def write(
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     dtypes: dict[str, int] = {}
-    nodata: dict[Any, int] = {}
     end = 0
     try:
         partial.mkdir(parents=True)
@@ -166,7 +164,6 @@ def write(
                 end += text.write(_after(root, scene.path))
                 row = (
                     end, scene.height, scene.width, scene.num_bands, dtypes.setdefault(scene.dtype, len(dtypes)),
-                    nodata.setdefault(repr(scene.nodata), len(nodata)),
                     1 + len(_after(root, place.shard)) if scene.place else 0, place.start, place.size,
                 )  # fmt: skip
                 rows.write(np.array(row, _ROW).tobytes())
@@ -174,8 +171,6 @@ def write(
             "format": _FORMAT,
             "root": os.fsencode(root).hex(),
             "dtypes": list(dtypes),
-            # By its text, since one NaN does not equal another.
-            "nodata": [None if text == "None" else float(text) for text in nodata],
             "bad": [(os.fsencode(path).hex(), reason) for path, reason in bad],
             "crc32": {name: _checksum(partial / name) for name in _COLUMNS},
         }

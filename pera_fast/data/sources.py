@@ -92,7 +92,6 @@ class Scene:
     width: int
     num_bands: int
     dtype: str
-    nodata: float | None
     place: Place | None = None
 
 
@@ -258,15 +257,11 @@ def open_scene(path: str | os.PathLike[str], place: Place | None = None) -> Scen
         if kind in ("TIFF", "PNG16"):
             with _open_raster(path, place, kind) as dataset:
                 layout = _layout_of(dataset, path)
-                nodata = dataset.nodata
-                return Scene(
-                    path, dataset.height, dataset.width, layout.num_bands, layout.dtype,
-                    None if nodata is None else float(nodata), place,
-                )  # fmt: skip
+                return Scene(path, dataset.height, dataset.width, layout.num_bands, layout.dtype, place)
         with shards.open_image(path, place) as file:
             image = _open_pillow(file, kind, path)
             num_bands = 1 if image.mode in _GREY_MODES else 3
-            return Scene(path, image.height, image.width, num_bands, "uint8", None, place)
+            return Scene(path, image.height, image.width, num_bands, "uint8", place)
 
 
 def _kind_of(path: str, place: Place | None) -> str:
@@ -547,20 +542,21 @@ def read_windows(
     """`read_window` for several (top, left, height, width) of one scene, opening or decoding it once."""
     checked = [_checked_window(scene, *window) for window in windows]
     _check_bands(bands, in_bands)
-    read = _read_raster if _windowed(scene) else _read_decoded
-    return read(scene, checked, bands, in_bands, nodata)
-
-
-def _windowed(scene: Scene) -> bool:
     with _unreadable_on_error(scene.path):
-        return _kind_of(scene.path, scene.place) in ("TIFF", "PNG16")
+        kind = _kind_of(scene.path, scene.place)
+    read = _read_raster if kind in ("TIFF", "PNG16") else _read_decoded
+    return read(scene, kind, checked, bands, in_bands, nodata)
 
 
 def _read_raster(
-    scene: Scene, windows: list[Window], bands: tuple[int, ...] | None, in_bands: int, nodata: float | None
+    scene: Scene,
+    kind: str,
+    windows: list[Window],
+    bands: tuple[int, ...] | None,
+    in_bands: int,
+    nodata: float | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    path, place = scene.path, scene.place
-    with _unreadable_on_error(path), _open_raster(path, place, _kind_of(path, place)) as dataset:
+    with _unreadable_on_error(scene.path), _open_raster(scene.path, scene.place, kind) as dataset:
         layout = _layout_of(dataset, scene.path)
         _check_unchanged(scene, dataset.height, dataset.width, layout.dtype)
         if layout.palette is not None:
@@ -576,10 +572,15 @@ def _read_raster(
 
 
 def _read_decoded(
-    scene: Scene, windows: list[Window], bands: tuple[int, ...] | None, in_bands: int, nodata: float | None
+    scene: Scene,
+    kind: str,
+    windows: list[Window],
+    bands: tuple[int, ...] | None,
+    in_bands: int,
+    nodata: float | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     with _unreadable_on_error(scene.path):
-        image = _decode(scene.path, scene.place, _kind_of(scene.path, scene.place))
+        image = _decode(scene.path, scene.place, kind)
         if isinstance(image, np.ndarray):
             height, width, num_bands = image.shape
         else:

@@ -65,7 +65,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"pixels: expected [C, H, W] or [n, C, H, W] with C = {bands}, got {values.shape}"
             )
-        unit = to_unit(values, str(values.dtype), self.statistics)
+        unit = to_unit(values, values.dtype.name, self.statistics)
         return normalise(unit, self.statistics, self.config)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

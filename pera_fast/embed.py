@@ -31,6 +31,7 @@ from PIL import Image
 from rasterio import Affine
 from rasterio._err import CPLE_BaseError
 from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
@@ -199,7 +200,8 @@ def _batches(
         images.masked_fill_(torch.from_numpy(missing)[:, None], 0)  # the mean, after normalisation
         n, height, width = missing.shape
         patches = missing.reshape(n, height // patch_px, patch_px, width // patch_px, patch_px)
-        yield images, patches.mean((2, 4)) <= data.max_nodata_share
+        missing_share = patches.mean((2, 4))
+        yield images, (missing_share <= data.max_nodata_share) & (missing_share < 1)
 
 
 def _ahead(batches: Generator[_Batch, None, None]) -> Generator[_Batch, None, None]:
@@ -446,7 +448,7 @@ def _georeference(path: str, patch_px: int) -> dict[str, Any]:
         points, crs = scene.gcps
         if points:
             scaled = [GroundControlPoint(p.row / patch_px, p.col / patch_px, p.x, p.y, p.z) for p in points]
-            return {"gcps": scaled, "crs": crs}
+            return {"gcps": scaled, "crs": crs or CRS()}
         place = {} if scene.crs is None else {"crs": scene.crs}
         if not scene.transform.is_identity:
             a, b, c, d, e, f = scene.transform[:6]

@@ -301,7 +301,7 @@ def linear(
 
 
 def untrained_backbone(config: Config) -> VisionTransformer:
-    """The network a run with this config started from, on the CPU."""
+    """A network of this config with the weights that its seed draws, on the CPU: what a run from scratch began with."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.run.seed)
         # The backbone is the first thing PerA draws, so the heads need not be built to get the same weights.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -51,10 +52,20 @@ def at_size(backbone: Backbone, image_px: int) -> Backbone:
 # --- folders of timm and transformers -------------------------------------------------------------------
 
 
+def _of_8_bits(backbone: Backbone) -> tuple[list[float], list[float]]:
+    """Mean and deviation of 8-bit values divided by 255, as other programs divide them, whatever their scale here."""
+    data, statistics = backbone.config.data, backbone.statistics
+    mean, std = (np.array(x) for x in (data.mean or statistics.mean, data.std or statistics.std))
+    if "uint8" in statistics.low:
+        low, high = statistics.scale_of("uint8")
+        mean, std = low / 255 + mean * ((high - low) / 255), std * ((high - low) / 255)
+    return mean.tolist(), std.tolist()
+
+
 def save_timm(backbone: Backbone, folder: Path) -> None:
     """config.json and model.safetensors, for `timm.create_model("local-dir:FOLDER")`."""
-    model, data = backbone.config.model, backbone.config.data
-    px = backbone.config.crops.global_px
+    model, px = backbone.config.model, backbone.config.crops.global_px
+    mean, std = _of_8_bits(backbone)
     settings = {
         "architecture": "vit_base_patch16_224",  # every size is this class with other arguments
         "num_classes": 0,
@@ -75,8 +86,8 @@ def save_timm(backbone: Backbone, folder: Path) -> None:
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
-            "mean": list(data.mean or backbone.statistics.mean),
-            "std": list(data.std or backbone.statistics.std),
+            "mean": mean,
+            "std": std,
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -92,8 +103,8 @@ def save_hf(backbone: Backbone, folder: Path) -> None:
 
     preprocessor_config.json scales 8-bit images; for others, scale and deviation are in the file's metadata.
     """
-    model, data = backbone.config.model, backbone.config.data
-    px = backbone.config.crops.global_px
+    model, px = backbone.config.model, backbone.config.crops.global_px
+    mean, std = _of_8_bits(backbone)
     settings = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -116,8 +127,8 @@ def save_hf(backbone: Backbone, folder: Path) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(data.mean or backbone.statistics.mean),
-        "image_std": list(data.std or backbone.statistics.std),
+        "image_mean": mean,
+        "image_std": std,
     }
     _write_folder(folder, {"config.json": settings, "preprocessor_config.json": processor})
     write_tensors(to_hf(backbone.vit.state_dict()), folder / "model.safetensors", metadata_of(backbone))

@@ -69,7 +69,7 @@ def to_unit(pixels: np.ndarray, dtype: str, statistics: Statistics) -> Tensor:
     """Source values [C, H, W] of the named dtype to float32 in 0..1; DataError if it has no scale."""
     low, high = (torch.from_numpy(limit).float()[:, None, None] for limit in statistics.scale_of(dtype))
     image = torch.from_numpy(pixels.astype(np.float32))
-    return ((image - low) / (high - low)).clamp_(0, 1)
+    return image.sub_(low).div_(high - low).clamp_(0, 1)  # in its place: images may be large
 
 
 def normalise(image: Tensor, statistics: Statistics, config: Config) -> Tensor:

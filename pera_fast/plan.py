@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import weakref
 from collections.abc import Sequence
@@ -226,7 +227,7 @@ def _options(arguments: list[str]) -> tuple[float | None, bool, list[str]]:
     parser.add_argument("--gpu-memory", type=float)
     parser.add_argument("--json", action="store_true")
     known, rest = parser.parse_known_args(arguments)
-    if known.gpu_memory is not None and not known.gpu_memory > 0:
+    if known.gpu_memory is not None and not 0 < known.gpu_memory < math.inf:
         raise ConfigError(f"gpu-memory: expected gigabytes above 0, got {known.gpu_memory:g}")
     return known.gpu_memory, known.json, rest
 

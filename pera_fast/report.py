@@ -251,7 +251,11 @@ def _summary(
             f"{crops.num_global} global of {crops.global_px} px"
             + (f", {crops.num_local} local of {crops.local_px} px" if crops.num_local else ""),
         ),
-        ("Images", f"{len(scenes):,} files" + (f" in {config.data.data}" if config.data.data else " (demo)")),
+        (
+            "Images",
+            f"{len(scenes):,} files"
+            + (f" in {printable(config.data.data)}" if config.data.data else " (demo)"),
+        ),
         *_progress_rows(config, scenes, metrics),
         *_knn_rows(run_folder / "eval.json", config),
     ]

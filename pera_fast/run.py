@@ -232,14 +232,17 @@ class Run:
         if tiles is None and self.config.data.data is None:
             tiles = scene_halves(self.index.scenes)
         if tiles is not None and all(tiles):
-            result = compare_with_untrained(
-                teacher, self.config, self.statistics, *tiles, device=self.world.device
-            )
-            checkpoint.write_whole(self.out / "eval.json", json.dumps(result, indent=2))
-            _log.info(
-                "k-NN top-1 %.1f %%, untrained network %.1f %%",
-                100 * result["top1"], 100 * result["untrained_top1"],
-            )  # fmt: skip
+            try:
+                result = compare_with_untrained(
+                    teacher, self.config, self.statistics, *tiles, device=self.world.device
+                )
+                checkpoint.write_whole(self.out / "eval.json", json.dumps(result, indent=2))
+                _log.info(
+                    "k-NN top-1 %.1f %%, untrained network %.1f %%",
+                    100 * result["top1"], 100 * result["untrained_top1"],
+                )  # fmt: skip
+            except DataError as error:
+                _log.warning("no k-NN at the end: %s", error)
         if not self.config.run.report:
             return
         from pera_fast.report import write_report  # with matplotlib and scikit-learn: seconds

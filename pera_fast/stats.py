@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from pera_fast import _cli
+from pera_fast.checkpoint import write_whole
 from pera_fast.data.sources import DataError, scan
 from pera_fast.data.statistics import Statistics, compute_statistics
 
@@ -35,6 +36,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Run the command. Raises DataError for what the user can put right."""
+    _cli.check_files([args.dir], out=args.out)
     in_bands = args.in_bands if args.in_bands is not None else len(args.bands or (1, 2, 3))
     if args.bands is not None and (len(args.bands) != in_bands or min(args.bands) < 1):
         raise DataError(f"--bands: expected {in_bands} band numbers from 1, got {args.bands}")
@@ -44,16 +46,13 @@ def main(args: Args) -> None:
         raise DataError(f"--max-bad-share: expected a share from 0 to 1, got {args.max_bad_share}")
     scenes = scan(args.dir, args.max_bad_share).scenes
     statistics = compute_statistics(
-        scenes, bands=args.bands, in_bands=in_bands, nodata=args.nodata, max_windows=args.max_windows
-    )
+        scenes, bands=args.bands, in_bands=in_bands, nodata=args.nodata, max_windows=args.max_windows,
+        max_bad_share=args.max_bad_share,
+    )  # fmt: skip
     print(statistics.to_json())
     print(table(statistics), file=sys.stderr)
     if args.out is not None:
-        try:
-            with open(args.out, "w", encoding="utf-8") as file:
-                file.write(statistics.to_json() + "\n")
-        except OSError as error:
-            raise DataError(f"cannot write {args.out}: {error.strerror}") from error
+        write_whole(args.out, statistics.to_json() + "\n")
 
 
 def table(statistics: Statistics) -> str:

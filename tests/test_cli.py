@@ -140,7 +140,9 @@ def test_help_needs_no_unicode() -> None:
 def test_files_that_are_written(tmp_path: Path) -> None:
     read = [str(tmp_path / "in"), str(tmp_path)]
     _cli.check_files(read, out=str(tmp_path / "a"), other=str(tmp_path / "b"), third=None)
+    os.mkfifo(tmp_path / "pipe")
     for file, sentence in (
+        (tmp_path / "pipe", "out: expected a regular file to write, got"),
         (tmp_path, "out: expected a file to write, got the folder"),
         (tmp_path / "no/a", "out: expected a file in a folder that exists"),
         (tmp_path / "no/../in", "out: expected a file that nothing else is read from"),

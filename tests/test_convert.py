@@ -393,6 +393,17 @@ def test_what_was_exported_starts_a_run_as_it_was(format: str, tmp_path: Path) -
     assert run_module("pera_fast.report", tmp_path / "run").returncode == 0, "before its first step"
 
 
+def test_other_statistics_take_the_place_of_an_override(tmp_path: Path) -> None:
+    config = replace(SHOWN, data=DataConfig(mean=(0.1,) * 3, std=(0.1,) * 3))
+    old, new = (Statistics({"uint8": (0.0,) * 3}, {"uint8": (255.0,) * 3}, (m,) * 3, (s,) * 3, 3, 9)
+                for m, s in ((0.4, 0.1), (0.9, 0.01)))  # fmt: skip
+    save_backbone(Backbone(vit(), config, old, 3), tmp_path / "b.safetensors")
+    (tmp_path / "new.json").write_text(new.to_json())
+    convert.timm(str(tmp_path / "b.safetensors"), str(tmp_path / "run"), stats=str(tmp_path / "new.json"))
+    after = pera_fast.load_backbone(tmp_path / "run")
+    assert after.preprocess(np.full((3, 8, 8), 230, np.uint8))[0, 0, 0] == pytest.approx(0.196, abs=0.01)
+
+
 @pytest.mark.parametrize("hidden", [119, 120, 121, 345])
 def test_any_width_of_the_mlp_is_kept(hidden: int, tmp_path: Path) -> None:
     """Which a ratio has to give to the unit."""

@@ -247,6 +247,16 @@ def test_ground_control_points_are_carried_over(tmp_path: Path) -> None:
     ]
 
 
+def test_ground_control_points_without_a_crs(tmp_path: Path) -> None:
+    points = [GroundControlPoint(r, c, 10 + c / 100, 50 - r / 100) for r, c in ((0, 0), (0, 80), (40, 0))]
+    scene = write(tmp_path / "a.tif", noise(48, 80), gcps=points, crs=CRS())
+    embed.embed_scene(NETWORK, scene, tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert [(p.row, p.col, p.x) for p in file.gcps[0]] == [
+            (p.row / PATCH, p.col / PATCH, p.x) for p in points
+        ]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_the_file_is_a_cog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
     monkeypatch.setattr(embed, "_BLOCK_BYTES", 1)  # the smallest blocks: several rows of them, and overviews
@@ -309,6 +319,19 @@ def test_a_band_without_variance_is_exact_in_int8(tmp_path: Path) -> None:
 
 
 # --- missing pixels -------------------------------------------------------------------------------------
+
+
+def test_a_patch_without_a_pixel_is_nodata_whatever_may_be_missing(tmp_path: Path) -> None:
+    pixels = noise(80, 80)
+    pixels[:, :, 40:] = 0
+    pixels[:, 0, 40] = 1  # of one there is a pixel
+    scene = write(tmp_path / "a.tif", pixels, nodata=0)
+    config = replace(NETWORK.config, data=replace(NETWORK.config.data, max_nodata_share=1.0))
+    embed.embed_scene(Backbone(NETWORK.vit, config, NETWORK.statistics, 0), scene, tmp_path / "map.tif")
+    expected = np.zeros((10, 10), bool)
+    expected[:, 5:] = True
+    expected[0, 5] = False
+    np.testing.assert_array_equal(np.isnan(read(tmp_path / "map.tif")).any(-1), expected)
 
 
 def test_patches_with_too_many_missing_pixels_are_nodata(tmp_path: Path) -> None:

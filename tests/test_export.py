@@ -181,13 +181,17 @@ def test_transformers_computes_the_same(tmp_path: Path, in_bands: int) -> None:
     near(theirs.eval()(images).last_hidden_state, want)
 
 
-def test_transformers_feeds_it_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("high", [255.0, 200.0])
+def test_transformers_feeds_it_the_same(tmp_path: Path, high: float) -> None:
+    """Also where the statistics have another range of 8 bits; beyond it they cut off, which it does not."""
     transformers = pytest.importorskip("transformers")
     backbone = made()
+    low = 0.0 if high == 255 else 30.0
+    backbone.statistics = replace(backbone.statistics, low={"uint8": (low,) * 3}, high={"uint8": (high,) * 3})
     save_backbone(backbone, tmp_path / "b.safetensors")
     export(Args(str(tmp_path / "b.safetensors"), str(tmp_path / "hf"), "hf"))
     settings = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 40)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(int(low), int(high) + 1, (3, 40, 40)).astype(np.uint8)
     mean, std = (np.array(settings[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
     near(
         torch.tensor((pixels * settings["rescale_factor"] - mean) / std).float(),

@@ -164,7 +164,9 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert facts["bytes_at_largest_batch"] <= 24e9 and facts["largest_batch"] % 8 == 0
     assert facts["bytes_at_largest_batch"] + 8 * facts["bytes_per_image"] > 0.94 * 24e9
     assert "none: one image needs" in here("--gpu-memory", 0.1)
-    done = run_module(*arguments, "--gpu-memory", -1)
-    assert done.returncode == 2 and done.stderr == "error: gpu-memory: expected gigabytes above 0, got -1\n"
+    for memory in (-1, "inf"):
+        done = run_module(*arguments, "--gpu-memory", memory)
+        sentence = f"error: gpu-memory: expected gigabytes above 0, got {memory}\n"
+        assert done.returncode == 2 and done.stderr == sentence
     done = run_module(*arguments, "--activation", "everything")
     assert done.returncode == 2 and "activation" in done.stderr

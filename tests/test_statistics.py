@@ -100,6 +100,19 @@ def test_float_sample_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(found.std, std, atol=0.02)
 
 
+def test_a_window_of_floats_counts_by_its_valid_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One full of 0, and one of 10 of which an eighth is valid."""
+    bands = np.stack([np.zeros((64, 64)), np.full((64, 64), 10.0)]).astype(np.float32)
+    bands[1, 8:] = np.nan
+    scenes = [tiff(tmp_path / f"{i}.tif", band[None]) for i, band in enumerate(bands)]
+    monkeypatch.setattr(statistics_module, "_FLOAT_SAMPLES", 1024)
+    found = compute_statistics(scenes, bands=None, in_bands=1, window_px=64)
+    low, high = found.scale_of("float32")
+    np.testing.assert_allclose(low + found.mean * (high - low), 10 / 9, rtol=0.02)
+
+
 def test_same_seed_same_result() -> None:
     scenes = scan(DEMO).scenes
     runs = [
@@ -248,7 +261,15 @@ def test_command_prints_json_and_table(tmp_path: Path) -> None:
         (["nowhere"], "cannot open nowhere: No such file"),
         ([DEMO, "--in-bands", "7"], "no image could be read"),
         ([DEMO, "--bands", "1", "2", "--in-bands", "3"], "--bands: expected 3 band numbers"),
-        ([DEMO / "neon_osbs.tif", "--out", "nowhere/x.json"], "cannot write nowhere/x.json"),
+        ([DEMO / "neon_osbs.tif", "--out", "nowhere/x.json"], "out: expected a file in a folder that exists"),
+        (
+            [DEMO / "neon_osbs.tif", "--out", DEMO / "neon_osbs.tif"],
+            "out: expected a file that nothing else is read",
+        ),
+        (
+            [DEMO, "--in-bands", "6", "--bands", "6", "5", "4", "3", "2", "1"],
+            "more than max_bad_share = 0.1 allows",
+        ),
         ([DEMO, "--bandz", "1"], "bandz"),
     ],
 )

@@ -204,18 +204,19 @@ class _Counts:
 
 
 class _Samples:
-    """Float values [C, N], at most `quota` pixels of each window, drawn at random."""
+    """Float values [C, N], a share of each window's pixels, drawn at random: a window counts by its valid pixels."""
 
-    def __init__(self, quota: int, seed: int) -> None:
-        self.quota = quota
+    def __init__(self, share: float, seed: int) -> None:
+        self.share = share
         self.rng = np.random.default_rng(seed)
         self.kept: list[np.ndarray] = []
         self.num_pixels = 0
 
     def add(self, values: np.ndarray) -> None:
         self.num_pixels += values.shape[1]
-        if values.shape[1] > self.quota:
-            values = values[:, self.rng.choice(values.shape[1], self.quota, replace=False)]
+        if self.share < 1:
+            count = math.ceil(self.share * values.shape[1])
+            values = values[:, self.rng.choice(values.shape[1], count, replace=False)]
         self.kept.append(values)
 
     def values_and_weights(self, band: int) -> tuple[np.ndarray, np.ndarray]:
@@ -261,6 +262,7 @@ def compute_statistics(
     max_windows: int = 512,
     window_px: int = 256,
     seed: int = 0,
+    max_bad_share: float = 1.0,
 ) -> Statistics:
     """Scale, mean and std per band over the valid pixels of a seeded sample of windows (`plan_windows`).
 
@@ -268,7 +270,7 @@ def compute_statistics(
     Integer images are counted exactly; float images keep a bounded random sample. Different dtypes weigh by
     their valid pixels. A constant band gets high = low + 1, and std 1 so that dividing by it is harmless.
 
-    Raises DataError if there is no valid pixel at all.
+    Raises DataError if there is no valid pixel at all, or more than max_bad_share of the images cannot be read.
     """
     for name, value in (("max_windows", max_windows), ("window_px", window_px)):
         if value < 1:
@@ -276,7 +278,7 @@ def compute_statistics(
     if not scenes:
         raise DataError("no image to compute statistics from")
     plan = plan_windows(scenes, max_windows, window_px, seed)
-    quota = max(1, _FLOAT_SAMPLES // (in_bands * sum(len(windows) for _, windows in plan)))
+    share = _FLOAT_SAMPLES / (in_bands * window_px**2 * sum(len(windows) for _, windows in plan))
     tallies: dict[str, _Counts | _Samples] = {}
     num_windows = 0
     failures: list[UnreadableImage] = []
@@ -289,7 +291,7 @@ def compute_statistics(
                 if scene.dtype not in tallies:
                     integer = scene.dtype in _HISTOGRAM_BINS
                     tallies[scene.dtype] = (
-                        _Counts(in_bands, scene.dtype) if integer else _Samples(quota, seed)
+                        _Counts(in_bands, scene.dtype) if integer else _Samples(share, seed)
                     )
                 tallies[scene.dtype].add(pixels[:, valid])
         except UnreadableImage as error:
@@ -298,6 +300,11 @@ def compute_statistics(
         LOG.warning("statistics: skipped %d of %d images, first %s", len(failures), len(plan), failures[0])
     if not tallies:
         raise DataError(_nothing_valid(scenes[0], num_windows, failures))
+    if len(failures) > max_bad_share * len(plan):
+        raise DataError(
+            f"{len(failures)} of {len(plan)} images cannot be read, more than max_bad_share = {max_bad_share:g} "
+            f"allows; the first is {failures[0]}"
+        )
     return _summary(tallies, in_bands, num_windows)
 
 

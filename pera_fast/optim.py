@@ -64,6 +64,11 @@ class TeacherOptimizer(torch.optim.Optimizer):
         if not self.teachers.keys() <= {p for group in self.param_groups for p in group["params"]}:
             raise ValueError("teachers: expected parameters of this optimiser as its keys, got others")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch's own gives defaults, state and groups alone."""
+        own = ("teachers", "momentum", "clip_norm", "_shadows", "skipped")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in own}}
+
     def schedule(self, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Set what changes from step to step; groups made with a weight decay of 0 keep it.
 

@@ -164,14 +164,20 @@ def test_chunks_change_nothing_but_the_memory(kept_bytes: int, monkeypatch: pyte
 
 
 @needs_cpp
-def test_same_bits_for_any_number_of_threads() -> None:
-    p = problem(30, 5000, torch.float32)
+@pytest.mark.parametrize(("rows", "dim", "prototypes"), [(30, 32, 5000), (156, 100, 1421), (168, 384, 600)])
+def test_same_bits_for_any_number_of_threads(
+    rows: int, dim: int, prototypes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "DIM", dim)
+    p = problem(rows, prototypes, torch.float32)
     leaves = [x.requires_grad_() for x in (p["z_student"], *p["prototypes_student"])]
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5, 7):
             torch.set_num_threads(threads)
-            loss = ops.distill_loss(**p, groups=[30]) + ops.koleo(leaves[0][None], *leaves[1:])[0]
+            loss = ops.distill_loss(**p, groups=[rows])
+            if rows < dim:  # with more rows KoLeo's backward pass asks the library for a product
+                loss = loss + ops.koleo(leaves[0][None], *leaves[1:])[0]
             results.append([loss, *torch.autograd.grad(loss, leaves)])
     finally:
         torch.set_num_threads(before)
@@ -420,11 +426,36 @@ def test_mean_logit_is_linear() -> None:
     torch.testing.assert_close(ops.mean_prototype_logit(p["z_teacher"].mean(0), v, g), want)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_dtypes_may_be_mixed(
+    backend: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"distill_loss={backend},koleo={backend}")
+    p = problem(4, 20, torch.float32)
+    of_z, of_weights = dtypes
+    v, g = (x.to(of_weights) for x in p["prototypes_student"])
+    changed = {**p, "z_student": p["z_student"].to(of_z), "prototypes_student": (v, g)}
+    for got, want in (
+        (ops.distill_loss(**changed, groups=[4]), ops.distill_loss(**p, groups=[4])),
+        (
+            ops.koleo(changed["z_student"][None], v, g)[0],
+            ops.koleo(p["z_student"][None], *p["prototypes_student"])[0],
+        ),
+    ):
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"z_teacher": torch.zeros(3, 32)}, "z_teacher: expected the shape"),
         ({"centre": torch.zeros(19)}, r"centre: expected shape \[20\], got \[19\]"),
+        ({"centre": torch.zeros(20, device="meta")}, "centre: expected it on cpu as z_student, got meta"),
+        (
+            {"prototypes_teacher": (torch.zeros(20, 32, device="meta"), torch.ones(20, 1))},
+            "prototypes_teacher: expected v and g on cpu as z, got meta and cpu",
+        ),
         ({"tau_student": 0.0}, "tau_student: expected a finite temperature above 0, got 0.0"),
         ({"tau_teacher": math.nan}, "tau_teacher: .* got nan"),
         ({"groups": [2, 1]}, r"groups: .* 4 in all, got \[2, 1\]"),

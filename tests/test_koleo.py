@@ -187,6 +187,32 @@ def test_koleo_of_equal_rows_is_finite(backend: str, monkeypatch: pytest.MonkeyP
     assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_number_shows_in_the_loss(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
+    z = torch.randn(2, 3, 4)
+    z[0, 1, 2] = torch.nan
+    losses, _ = ops.koleo(z, torch.randn(9, 4), torch.ones(9, 1))
+    assert losses.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_do_not_lie_together(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERA_FAST_BACKEND", f"koleo={backend}")
+    z, v, g = torch.randn(16, 6).T.unflatten(0, (2, 3)), torch.randn(16, 9).T, torch.ones(1, 1).expand(9, 1)
+    torch.testing.assert_close(ops.koleo(z, v, g)[0], reference.koleo(z, v, g)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(_library.why_no_cpp() is not None, reason=str(_library.why_no_cpp()))
+def test_a_second_derivative_is_refused() -> None:
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        ops.koleo(z, torch.randn(9, 4), torch.ones(9, 1))[0].sum(), z, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize(
     ("z", "sentence"),
     [

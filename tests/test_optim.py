@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,33 @@ def test_a_state_of_other_mathematics_is_refused() -> None:
     theirs = torch.optim.AdamW(model.parameters(), amsgrad=True)
     with pytest.raises(ValueError, match="amsgrad: expected False, got True"):
         AdamWEMA(model.parameters()).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_takes_the_same_steps(how: str) -> None:
+    """Of the optimiser with its parameters and teachers."""
+    model = nn.Linear(3, 2)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    pairs = dict(zip(model.parameters(), teacher.parameters(), strict=True))
+    whole = (
+        model,
+        teacher,
+        AdamWEMA(model.parameters(), lr=0.1, teachers=pairs, momentum=0.5, clip_norm=1.0),
+    )
+
+    def step(model: nn.Module, _: nn.Module, optimizer: AdamWEMA) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+
+    step(*whole)
+    other = copy.deepcopy(whole) if how == "deepcopy" else pickle.loads(pickle.dumps(whole))
+    for each in (whole, other):
+        step(*each)
+    for a, b in zip(whole[:2], other[:2], strict=True):
+        assert all(
+            torch.equal(x, y) and x is not y for x, y in zip(a.parameters(), b.parameters(), strict=True)
+        )
 
 
 def test_groups_and_parameters_without_teacher_or_gradient() -> None:

@@ -130,6 +130,16 @@ def test_one_huge_score_takes_its_value(size: float) -> None:
     torch.testing.assert_close(got.transpose(0, 1).double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [-0.3, -8.0, 0.0])
+def test_a_scale_below_0(scale: float) -> None:
+    three_way(
+        lambda x: ops.packed_attention(x, [(1, 49), (1, 11)], scale=scale),
+        lambda x: reference.packed_attention(x, [(1, 49), (1, 11)], scale),
+        4 * torch.randn(60, 3, 2, 16),
+        slack=1e-5,
+    )
+
+
 def test_non_contiguous_input() -> None:
     wide = torch.randn(10, 3, 2, 16)
     torch.testing.assert_close(

@@ -224,9 +224,30 @@ def test_gradients() -> None:
     )
 
 
+@needs_cpp
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(5, 4, requires_grad=True)
+    y = ops.residual_norm(x, None, None, None, None, torch.ones(4), torch.zeros(4))[1]
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@needs_cpp
+def test_weights_that_do_not_lie_together() -> None:
+    x, weight = torch.randn(5, 4), torch.randn(8, requires_grad=True)
+    arguments = (None, None, None, None, weight[::2], torch.ones(1).expand(4))
+    y, want = ops.residual_norm(x, *arguments)[1], reference.residual_norm(x, *arguments, 1e-6)[1]
+    torch.testing.assert_close(y, want)
+    for got, expected in zip(*(torch.autograd.grad(z.sum(), weight) for z in (y, want)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ({"weight": torch.ones(4, device="meta")}, "weight: expected it on cpu as x, got meta"),
+        ({"branch": torch.zeros(6, 4, device="meta")}, "branch: expected it on cpu as x, got meta"),
         ({"x": torch.zeros(2, 3, 4)}, r"x: expected shape \[R, D\], got \[2, 3, 4\]"),
         ({"weight": torch.zeros(5)}, r"weight: expected shape \[4\], got \[5\]"),
         ({"branch": torch.zeros(2, 4)}, r"branch: expected shape \[6, 4\], got \[2, 4\]"),

@@ -41,6 +41,7 @@ AttentionProblem problem_of(const Tensor& qkv, double scale, const Tensor& out, 
   p.rows = qkv.size(0);
   p.heads = qkv.size(2);
   p.dim = qkv.size(3);
+  STD_TORCH_CHECK(p.dim <= 256, "qkv: expected a head dim of 256 at most, got ", p.dim);
   p.scale = static_cast<float>(scale);
   p.qkv = qkv.const_data_ptr();
   p.out = const_cast<void*>(out.const_data_ptr());

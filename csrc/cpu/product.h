@@ -99,13 +99,15 @@ inline void product_tile(
   }
 }
 
+// Depth of which a panel's rows, that every tile reads, stay in the first level of the cache: 24 KB of it.
+constexpr int64_t depth_of(int64_t width) { return 6144 / width; }
+
 template <bool pairs, int vectors>
 inline void product_columns(
     const float* a, const float* b, float* c, const Strides& stride, int64_t rows, int64_t depth, bool add) {
   // Sums, one row of b and one number of a fill the registers: 8 x 3 + 3 + 1 or 6 x 4 + 4 + 1 of 32, 4 x 3 + 3 + 1.
   constexpr int kRows = kHas32Registers ? (vectors == 4 ? 6 : 8) : 4;
-  // What every tile reads of b stays in the first level of the cache, 24 KB of it.
-  constexpr int64_t kDepth = 6144 / (vectors * kLanes);
+  constexpr int64_t kDepth = depth_of(vectors * kLanes);
   const int64_t pieces = (depth + kDepth - 1) / kDepth, piece = pieces > 1 ? (depth + pieces - 1) / pieces : depth;
   int64_t k = 0;
   do {
@@ -163,8 +165,9 @@ template <bool pairs>
 inline void add_transposed_product(
     const float* a, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
     int64_t columns, int64_t depth) {
-  constexpr int64_t kPiece = 256;
-  float packed[kPiece * 4 * kLanes];
+  // That of the widest panel: a share of the columns has other panels, and must not add up in another order.
+  constexpr int64_t kWidest = (kHas32Registers ? 4 : 3) * kLanes, kPiece = depth_of(kWidest);
+  float packed[kPiece * kWidest];
   for (int64_t k = 0; k < depth; k += kPiece) {
     const int64_t n = depth - k < kPiece ? depth - k : kPiece;
     for (int64_t j = 0, width; j < columns; j += width) {

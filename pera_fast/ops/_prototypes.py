@@ -22,10 +22,14 @@ def check(name: str, prototypes: tuple[Tensor, Tensor], z: Tensor) -> None:
         raise ValueError(f"{name}: expected at least one prototype, got v of shape {list(v.shape)}")
     if list(g.shape) != [len(v), 1]:
         raise ValueError(f"{name}: expected g of shape [{len(v)}, 1], got {list(g.shape)}")
+    if not v.device == g.device == z.device:
+        raise ValueError(f"{name}: expected v and g on {z.device} as z, got {v.device} and {g.device}")
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In float64 where one of them is, else in float32."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def chunks_of(prototypes: int, rows: int, dtype: torch.dtype, device: str) -> list[slice]:

@@ -41,7 +41,7 @@ def distill_loss(
     one device give equal bits. Under autocast to bfloat16 the products are taken in bfloat16, all sums in float32.
 
     z_student, z_teacher: float [n, d], crop-major. prototypes: v [K, d], g [K, 1].
-    centre: float [K]. groups: rows of each crop, adding up to n.
+    centre: finite float [K]. groups: rows of each crop, adding up to n.
 
     Returns float [len(groups)]: the mean over each crop's rows, in float32 or better. Gradients to
     z_student, and to the student's v and g. Raises ValueError naming the argument when a shape or
@@ -60,6 +60,9 @@ def distill_loss(
             f"prototypes_teacher: expected {num_prototypes} prototypes as the student's, "
             f"got {len(prototypes_teacher[0])}"
         )
+    for name, tensor in (("z_teacher", z_teacher), ("centre", centre)):
+        if tensor.device != z_student.device:
+            raise ValueError(f"{name}: expected it on {z_student.device} as z_student, got {tensor.device}")
     if list(centre.shape) != [num_prototypes]:
         raise ValueError(f"centre: expected shape [{num_prototypes}], got {list(centre.shape)}")
     for name, tau in (("tau_student", tau_student), ("tau_teacher", tau_teacher)):
@@ -76,10 +79,10 @@ def distill_loss(
     in_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     with torch.autocast(device, enabled=False):
         if is_double or backend == "reference":
+            z_s, z_t, v_s, g_s, v_t, g_t, centre = _prototypes.at_least_float32(*tensors)
             return reference.distill_loss(
-                _prototypes.at_least_float32(z_student), _prototypes.at_least_float32(z_teacher), prototypes_student,
-                prototypes_teacher, centre, tau_student, tau_teacher, groups,
-            )  # fmt: skip
+                z_s, z_t, (v_s, g_s), (v_t, g_t), centre, tau_student, tau_teacher, groups
+            )
         z_s, z_t, *rest = (x.float() for x in tensors)
         # Whole vectors of logits: a GPU's products and loads are several times as quick, a CPU's loops need no rest.
         z_s, z_t = (F.pad(z, (0, 0, 0, _prototypes.padding(len(z)))) for z in (z_s, z_t))
@@ -147,8 +150,7 @@ def mean_prototype_logit(z_mean: Tensor, v: Tensor, g: Tensor) -> Tensor:
     z_mean: float [d]. v: [K, d]. g: [K, 1]. Returns [K].
     """
     with torch.autocast(z_mean.device.type, enabled=False):
-        z = _prototypes.at_least_float32(z_mean)
-        v, g = v.to(z.dtype), g.to(z.dtype)
+        z, v, g = _prototypes.at_least_float32(z_mean, v, g)
         # Not by W = g v/‖v‖, which would be written and read again.
         return (v @ z) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
 

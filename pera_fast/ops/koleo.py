@@ -8,6 +8,7 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pera_fast import reference
 from pera_fast.ops import _dispatch, _library, _prototypes
@@ -46,7 +47,7 @@ def koleo_and_prototypes(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tenso
     device = z.device.type
     in_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     with torch.autocast(device, enabled=False):
-        z = _prototypes.at_least_float32(z)
+        z, v, g = _prototypes.at_least_float32(z, v, g)
         if _dispatch.resolve("koleo", device).backend == "reference":
             return *reference.koleo(z, v, g), v, g
         return _gram(z, v, g, in_bfloat16 and device == "cuda")
@@ -81,6 +82,7 @@ class _GramTimes(torch.autograd.Function):
         return z @ gram, v, g
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient, dv, dg):  # type: ignore[no-untyped-def]
         if gradient is None:
             return None, dv, dg, None
@@ -125,10 +127,11 @@ def _gram(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.dtype == torch.float64 or z.shape[1] < 2:
         return *reference.koleo(z, v, g, eps), v, g
-    y, v, g = _GramTimes.apply(z.flatten(0, 1), v.float(), g.float(), in_bfloat16)
+    rows = (x.contiguous() for x in (z.flatten(0, 1), v, g))
+    y, v, g = _GramTimes.apply(*rows, in_bfloat16)
     y = y.view_as(z)
     # In the metric of the logits: the norm of z_i is √(z_i · y_i), the similarity z_i · y_j.
-    norm = torch.linalg.vecdot(z, y).clamp(min=1e-30).sqrt()[..., None]
+    norm = torch.linalg.vecdot(z, y).clamp(min=eps**2).sqrt()[..., None]
     unit, image = z / norm, y / norm
     with torch.no_grad():
         # About their mean: distances of rows that are all alike are lost in the rounding of 1 - cos.
@@ -137,7 +140,7 @@ def _gram(
     # Not by gather, whose gradient a GPU adds up in any order.
     nearest = (F.embedding(place, x.flatten(0, 1)) for x in (unit, image))
     squared = torch.linalg.vecdot(*(x - y for x, y in zip((unit, image), nearest, strict=True)))
-    apart = squared > 0
+    apart = ~(squared <= 0)  # NaN is no distance of 0
     distance = torch.where(apart, squared, 1.0).sqrt() * apart  # equal rows: distance 0 and no gradient
     return -torch.log(distance + eps).mean(1), neighbour, v, g
 

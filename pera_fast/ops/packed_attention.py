@@ -173,9 +173,9 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:
     if qkv.dtype == torch.float64:
         return join_parts(_sdpa(qkv, groups, scale))
-    # On a GPU no tile of a larger head fits into the registers, and the largest product is taken for the largest score.
-    is_large = qkv.shape[3] > (64 if qkv.dtype == torch.float32 else 128)
-    if qkv.device.type != "cpu" and (is_large or scale <= 0):
+    # On a GPU no tile of a larger head fits into the registers. The largest product is taken for the largest score.
+    is_large = qkv.device.type != "cpu" and qkv.shape[3] > (64 if qkv.dtype == torch.float32 else 128)
+    if is_large or scale <= 0:
         return join_parts(_sdpa(qkv, groups, scale))
     if qkv.dtype == torch.float16 and qkv.device.type == "cpu":
         return _kernels(qkv.float(), groups, scale).half()  # rare on a CPU, and exact in float32

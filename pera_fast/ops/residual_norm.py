@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pera_fast import reference
 from pera_fast.ops import _dispatch, _library
@@ -31,8 +32,8 @@ def residual_norm(
     rows, next_rows: int64 [r], [s], unique within each, or None for all R rows in order.
     scale: float [r], or None for 1. weight, bias: float [D], or None for 1 and 0.
     dtype: of y, default x's; statistics are float32 or better.
-    inplace: x itself is added to, and the backward pass overwrites the gradient of x after the addition
-    likewise; for a stream that only these functions read.
+    inplace: x itself is added to, where it is contiguous float32, and the backward pass overwrites the gradient of x
+    after the addition likewise; for a stream that only these functions read.
     with_normalised: return n, too, of which y = n * weight + bias. It is kept for the backward pass anyway, so a
     product of y may keep it instead of y (`norm` of `ops.linear`); no gradient flows through it.
 
@@ -40,6 +41,7 @@ def residual_norm(
     fit.
     """
     _check(x, branch, rows, scale)
+    _check_devices(x, next_rows=next_rows, weight=weight, bias=bias)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != x.shape[1:]:
             raise ValueError(f"{name}: expected shape [{x.shape[1]}], got {list(value.shape)}")
@@ -58,9 +60,16 @@ def residual_add(
     return function(x, branch, rows, scale, None, None, None, 0.0, x.dtype, inplace, 1)[0]
 
 
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name}: expected it on {x.device} as x, got {value.device}")
+
+
 def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor | None) -> None:
     if x.dim() != 2:
         raise ValueError(f"x: expected shape [R, D], got {list(x.shape)}")
+    _check_devices(x, branch=branch, rows=rows, scale=scale)
     if branch is not None:
         expected = [len(x) if rows is None else len(rows), x.shape[1]]
         if list(branch.shape) != expected:
@@ -121,6 +130,7 @@ class _ResidualNorm(torch.autograd.Function):
         return (x, y, normalised)[branch is None : outputs]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
         has_branch = ctx.branch_dtype is not None
         x_gradient: Any = gradients[0] if has_branch else None
@@ -162,8 +172,10 @@ def _kernels(*arguments: Any) -> tuple[Tensor, ...]:
     ):
         return _reference(*arguments)
     scale = None if scale is None else scale.float()
-    contiguous = [None if t is None else t.contiguous() for t in (branch, rows, scale, next_rows)]
-    result = _ResidualNorm.apply(x.contiguous(), *contiguous, weight, bias, eps, dtype, inplace, outputs)
+    contiguous = [
+        None if t is None else t.contiguous() for t in (branch, rows, scale, next_rows, weight, bias)
+    ]
+    result = _ResidualNorm.apply(x.contiguous(), *contiguous, eps, dtype, inplace, outputs)
     return (x, *result) if branch is None else result
 
 

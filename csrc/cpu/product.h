@@ -160,20 +160,23 @@ inline void product(
 }
 
 // c [rows, columns] += aᵀ · b for a [depth, ...] and b [depth, ...] with many rows each. Strides of a and b in
-// elements; depth of pairs counts pairs. Each panel of b is packed for all rows of c: the more, the better.
+// elements; depth of pairs counts pairs. Each panel of b is packed for all rows of c, where there are enough of them.
 template <bool pairs>
 inline void add_transposed_product(
     const float* a, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
     int64_t columns, int64_t depth) {
   // That of the widest panel: a share of the columns has other panels, and must not add up in another order.
   constexpr int64_t kWidest = (kHas32Registers ? 4 : 3) * kLanes, kPiece = depth_of(kWidest);
+  constexpr int64_t kEnough = 64;
   float packed[kPiece * kWidest];
   for (int64_t k = 0; k < depth; k += kPiece) {
     const int64_t n = depth - k < kPiece ? depth - k : kPiece;
     for (int64_t j = 0, width; j < columns; j += width) {
       width = panel_of(columns - j);
-      pack<Float32>(b + k * b_row + j, b_row, n, width, packed);
-      product<pairs>(a + k * a_depth, packed, c + j, {1, a_depth, kPacked, c_row}, rows, width, n, true);
+      const bool packs = rows >= kEnough;
+      if (packs) pack<Float32>(b + k * b_row + j, b_row, n, width, packed);
+      const float* const panel = packs ? packed : b + k * b_row + j;
+      product<pairs>(a + k * a_depth, panel, c + j, {1, a_depth, packs ? kPacked : b_row, c_row}, rows, width, n, true);
     }
   }
 }

@@ -126,9 +126,8 @@ def save(
             partial.mkdir(parents=True)
         except OSError as error:
             reason = error.strerror or str(error)
-    partial, reason = world.share(
-        (partial, reason)
-    )  # else the others would wait for the first to write its share
+    # Said to all: the others would else wait for the first to write its share.
+    partial, reason = world.share((partial, reason))
     try:
         if reason:
             raise WriteError(reason)

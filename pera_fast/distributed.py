@@ -62,7 +62,7 @@ class World:
                 if theirs[name] != every[0][name]:
                     raise ConfigError(
                         f"{name}: expected the same on every rank, got {every[0][name]} on rank 0, "
-                        f"{theirs[name]} on rank {rank}; do all see the same files?"
+                        f"{theirs[name]} on rank {rank}"
                     )
 
     def mesh(self, per_node: bool) -> DeviceMesh:

@@ -54,6 +54,7 @@ class Run:
             _check_same_run(self.out, config)
         self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
+        # Folders of each machine's own would go unnoticed: ranks would part, or wait for each other.
         world.agree(**_settings(config), checkpoint=f"step {found.step}" if found else "none")
         self.index = self._index()
         checksum = fingerprint(self.index.scenes, config.data.data or DEMO_SCENES)

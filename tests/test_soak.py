@@ -65,8 +65,10 @@ def test_2000_steps_are_flat(tmp_path: Path) -> None:
     early, late = steps < np.median(steps), steps >= np.median(steps)
     growth = np.polyfit(steps / 1000, memory, 1)[0]
     assert growth < 0.05 * np.median(memory), f"{growth:.1f} MiB per 1000 steps of {np.median(memory):.0f}"
+    # Batches on their way between processes are open files, too: one more or less, by who is at work when it is looked.
+    # One left open by each of the eight checkpoints would be three.
     for values in (files, threads):
-        assert np.median(values[late]) <= np.median(values[early])
+        assert np.median(values[late]) <= np.median(values[early]) + 1
     middle = len(steps) // 2
     cost = [(seconds[b] - seconds[a]) / (steps[b] - steps[a]) for a, b in ((0, middle), (middle, -1))]
     assert cost[1] < 1.3 * cost[0]  # not of the clock's seconds, which depend on who else is at work

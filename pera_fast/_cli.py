@@ -79,9 +79,8 @@ def check_files(read: Sequence[str], **written: str | None) -> None:
             path = Path(file).resolve()
             if path.is_dir():
                 raise ConfigError(f"{name}: expected a file to write, got the folder {got}")
-            if (
-                path.exists() and not path.is_file()
-            ):  # a pipe or device, which a whole file would take the place of
+            # A pipe or device, which a whole file would take the place of.
+            if path.exists() and not path.is_file():
                 raise ConfigError(f"{name}: expected a regular file to write, got {got}")
             if not path.parent.is_dir():
                 raise ConfigError(f"{name}: expected a file in a folder that exists, got {got}")

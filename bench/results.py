@@ -3,7 +3,7 @@
 python bench/results.py save FILE …    pytest-benchmark's .json files, or the .jsonl that $BENCH_ROWS named, ->
                                        bench/results/<machine>.json, each benchmark's row in the place of an earlier
                                        one of the same name
-python bench/results.py readme         the results -> README.md, between its markers
+python bench/results.py readme         the results -> README.md, between its markers: every step, a line for each op
 python bench/results.py show FILE      the table of such a <machine>.json
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -43,14 +45,22 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [{"benchmark": b["name"], "date": file["datetime"][:10], **b["extra_info"]} for b in found]
 
 
+def by_device(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows under a line that says where and when they were measured."""
+    found = {}
+    for device in sorted({row["device"] for row in rows}):
+        own = [row for row in rows if row["device"] == device]
+        when = ", ".join(sorted({f"{row['date']} (commit {row['commit']})" for row in own}))
+        found[f"{device}; torch {own[0]['versions']['torch']}; {when}."] = own
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
-    """One Markdown table per device."""
+    """One Markdown table per device, a line for each row."""
     lines = []
-    for device in sorted({row["device"] for row in results["rows"]}):
-        rows = [row for row in results["rows"] if row["device"] == device]
-        when = ", ".join(sorted({f"{row['date']} (commit {row['commit']})" for row in rows}))
+    for heading, rows in by_device(results["rows"]).items():
         lines += [
-            f"{device}; torch {rows[0]['versions']['torch']}; {when}.",
+            heading,
             "",
             "| op | backend | shape | dtype | ours ms | peer | peer ms | ratio (min to max) | peak MB, ours / peer "
             "| of the measured peak |",
@@ -66,9 +76,43 @@ def table(results: dict[str, Any]) -> str:
             if "largest_batch" in row:
                 share = f"largest batch {row['largest_batch']}, peer {row['peer_largest_batch']}"
             lines.append(
-                f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {row['ours_ms']:.3g} "
-                f"| {row['peer']} | {row['peer_ms']:.3g} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "
+                f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {digits(row['ours_ms'])} "
+                f"| {row['peer']} | {digits(row['peer_ms'])} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "
                 f"| {row['peak_bytes'] / 1e6:.1f} / {row['peer_peak_bytes'] / 1e6:.1f} | {share} |"
+            )
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def digits(ms: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}"
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One Markdown table per device: an op's cases in one line, each against its fastest peer."""
+    lines = []
+    for heading, own in by_device(rows).items():
+        cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+        for row in own:
+            fastest = cases[row["op"], row["dtype"].replace("fp32", "float32").replace("bf16", "bfloat16")]
+            fastest[row["shape"]] = min(row, fastest.get(row["shape"], row), key=lambda r: r["ratio_vs_peer"])
+        lines += [
+            heading,
+            "",
+            "| op | dtype | cases | times as fast as the fastest peer, median (least to most) | memory, of the peer's |",
+            "|---|---|---|---|---|",
+        ]
+        for (op, dtype), fastest in sorted(cases.items()):
+            ratios = sorted(row["ratio_vs_peer"] for row in fastest.values())
+            shares = [
+                row["peak_bytes"] / row["peer_peak_bytes"]
+                for row in fastest.values()
+                if row["peer_peak_bytes"] > 1e6
+            ]
+            lines.append(
+                f"| {op} | {dtype} | {len(ratios)} | **{median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
+                f"| {f'{median(shares):.2f}' if shares else ''} |"
             )
         lines.append("")
     return "\n".join(lines).strip()
@@ -77,7 +121,11 @@ def table(results: dict[str, Any]) -> str:
 def readme() -> None:
     """Replace what stands between the README's markers by each machine's results."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    tables = "\n\n".join(table(results) for results in found if "rows" in results)
+    rows = [row for results in found for row in results.get("rows", ())]
+    steps = [row for row in rows if row["op"] == "step"]
+    # The rows of `vit` compare ours with ours: what its backward pass keeps.
+    ops = [row for row in rows if row["op"] not in ("step", "vit")]
+    tables = f"{table({'rows': steps})}\n\nThe ops:\n\n{summary(ops)}"
     path = ROOT / "README.md"
     text = path.read_text()
     before, rest = text.split(MARKERS[0], 1)

@@ -53,7 +53,6 @@ def table(op: str) -> str:
         raise PluginError(f"results: nothing is measured of {op}")
     text = readme_table({"rows": rows}).replace("_", r"\_")  # else _foreach_lerp_ is set in italics
     text = re.sub(r"^\|[^|\n]+\|", "|", text, flags=re.MULTILINE)
-    text = re.sub(r"\b\d\.\d+e\+\d+", lambda number: f"{float(number[0]):,.0f}", text)
     return re.sub(r"^(?=[^|\n])", f"`{op}`, ", text, flags=re.MULTILINE)
 
 

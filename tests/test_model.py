@@ -237,17 +237,19 @@ def test_what_is_quickly_made_again_is_not_kept(monkeypatch: pytest.MonkeyPatch)
         tokens = student.backbone.blocks_forward(x + 0, subsets)
         return student.cls_head(tokens[:9]).sum() + tokens.square().sum()
 
-    with plain(), Made() as made:
-        out = forward()
-    expected = config.model.depth + config.model.head_layers - 1
-    assert [len(made.storages[name]) for name in ("gelu", "cat")] == [expected, 0]
-    assert all(storage.expired() for storages in made.storages.values() for storage in storages)
-    got = torch.autograd.grad(out, x)[0]
+    with plain():  # in the backward pass, too: what is made again must be what was made
+        with Made() as made:
+            out = forward()
+        expected = config.model.depth + config.model.head_layers - 1
+        assert [len(made.storages[name]) for name in ("gelu", "cat")] == [expected, 0]
+        assert all(storage.expired() for storages in made.storages.values() for storage in storages)
+        got = torch.autograd.grad(out, x)[0]
     monkeypatch.setattr("pera_fast.model.vit._again", lambda function, *inputs: function(*inputs))
-    with plain(), Made() as made:
-        out = forward()
-    assert not any(storage.expired() for storages in made.storages.values() for storage in storages)
-    assert torch.equal(got, torch.autograd.grad(out, x)[0])
+    with plain():
+        with Made() as made:
+            out = forward()
+        assert not any(storage.expired() for storages in made.storages.values() for storage in storages)
+        assert torch.equal(got, torch.autograd.grad(out, x)[0])
 
 
 def test_a_pass_never_waits_for_the_device() -> None:

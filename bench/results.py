@@ -67,7 +67,7 @@ def table(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
-            low, high = row["ratio_spread"]
+            ratio, (low, high) = row["ratio_vs_peer"], row["ratio_spread"]
             seconds, share = row["ours_ms"] / 1e3, ""
             if "peak_flops" in row:
                 share = f"{row['flops'] / seconds / row['peak_flops']:.0%} of FLOP/s"
@@ -77,7 +77,7 @@ def table(results: dict[str, Any]) -> str:
                 share = f"largest batch {row['largest_batch']}, peer {row['peer_largest_batch']}"
             lines.append(
                 f"| {row['op']} | {row['backend']} | {row['shape']} | {row['dtype']} | {digits(row['ours_ms'])} "
-                f"| {row['peer']} | {digits(row['peer_ms'])} | **{row['ratio_vs_peer']:.2f}** ({low:.2f} to {high:.2f}) "
+                f"| {row['peer']} | {digits(row['peer_ms'])} | **{ratio:.2f}** ({low:.2f} to {high:.2f}) "
                 f"| {row['peak_bytes'] / 1e6:.1f} / {row['peer_peak_bytes'] / 1e6:.1f} | {share} |"
             )
         lines.append("")
@@ -100,7 +100,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         lines += [
             heading,
             "",
-            "| op | dtype | cases | times as fast as the fastest peer, median (least to most) | memory, of the peer's |",
+            "| op | dtype | cases | times as fast as the fastest peer, median (least to most) | of its memory |",
             "|---|---|---|---|---|",
         ]
         for (op, dtype), fastest in sorted(cases.items()):

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     if major == capability[0] and minor <= capability[1]:
         return True
     return arch.endswith("+PTX") and (major, minor) <= capability
+
+
+def define(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], gradients: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """An op of Python code, to autograd, fake tensors and torch.compile one whole: `function`, with its schema.
+
+    torch.library.custom_op would have it, too, but brings torch's compiler into the process when it is first called,
+    two seconds and 140 MB. fake, gradients, save: as there, of register_fake and register_autograd.
+    """
+
+    def none(*_: Any) -> Any:
+        raise RuntimeError(f"{name}: its gradients cannot be differentiated again")
+
+    op = f"pera_fast::{name}"
+    torch.library.define(op, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(op, "default", function)
+    torch.library.register_fake(op, fake)
+    torch.library.register_autograd(op, gradients or none, setup_context=save)
+    defined: Callable[..., Any] = getattr(torch.ops.pera_fast, name).default
+    return defined
 
 
 def why_no_cuda() -> str | None:

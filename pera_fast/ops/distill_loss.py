@@ -210,8 +210,7 @@ def _kernels(z: Tensor) -> Any:
     return distill_loss
 
 
-@torch.library.custom_op("pera_fast::distill_loss", mutates_args=())
-def _forward(
+def _losses(
     z_student: Tensor, z_teacher: Tensor, v_student: Tensor, g_student: Tensor, v_teacher: Tensor,
     g_teacher: Tensor, centre: Tensor, tau_student: float, tau_teacher: float, in_bfloat16: bool,
 ) -> _EIGHT:  # fmt: skip
@@ -260,8 +259,7 @@ def _operand(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return operand, norm
 
 
-@_forward.register_fake
-def _(z_student, z_teacher, v_student, g_student, v_teacher, g_teacher, centre, tau_student, tau_teacher,
+def _fake(z_student, z_teacher, v_student, g_student, v_teacher, g_teacher, centre, tau_student, tau_teacher,
       in_bfloat16):  # type: ignore[no-untyped-def]  # fmt: skip
     rows, prototypes = len(z_student), len(v_student)
     dtype = _operand_dtype(z_student, in_bfloat16)
@@ -273,8 +271,7 @@ def _(z_student, z_teacher, v_student, g_student, v_teacher, g_teacher, centre, 
     )
 
 
-@torch.library.custom_op("pera_fast::distill_loss_backward", mutates_args=())
-def _backward(
+def _losses_backward(
     gradient: Tensor, z_student: Tensor, z_teacher: Tensor, v_student: Tensor, v_teacher: Tensor,
     centre: Tensor, tau_student: float, tau_teacher: float, log_x: Tensor, log_y: Tensor,
     scale_student: Tensor, scale_teacher: Tensor, norm: Tensor, kept_teacher: Tensor, kept_student: Tensor,
@@ -315,8 +312,7 @@ def _backward(
     return dz, dv, (dot / norm)[:, None]
 
 
-@_backward.register_fake
-def _(gradient, z_student, z_teacher, v_student, *_):  # type: ignore[no-untyped-def]
+def _fake_backward(gradient, z_student, z_teacher, v_student, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(z_student), torch.empty_like(v_student), v_student.new_empty(len(v_student), 1)
 
 
@@ -332,7 +328,8 @@ def _gradients(ctx, gradient, *_):  # type: ignore[no-untyped-def]
     return dz, None, dv, dg, None, None, None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward = _library.define("distill_loss", _losses, _fake, _gradients, _save)
+_backward = _library.define("distill_loss_backward", _losses_backward, _fake_backward)
 
 
 def _chunked(*arguments: Any) -> Tensor:

@@ -110,8 +110,7 @@ def _pairs(counts: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, in
     return tuple(zip(counts, lengths, strict=True))
 
 
-@torch.library.custom_op("pera_fast::packed_attention", mutates_args=())
-def _forward(
+def _attend(
     qkv: Tensor, counts: Sequence[int], lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [rows, heads, head_dim]; float32 [heads, 2, rows] for the backward pass: each row's largest score and
@@ -128,14 +127,12 @@ def _forward(
     return out, softmax
 
 
-@_forward.register_fake
-def _(qkv, counts, lengths, scale):  # type: ignore[no-untyped-def]
+def _fake(qkv, counts, lengths, scale):  # type: ignore[no-untyped-def]
     rows, _, heads, head_dim = qkv.shape
     return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, 2, rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("pera_fast::packed_attention_backward", mutates_args=())
-def _backward(
+def _attend_backward(
     gradient: Tensor, qkv: Tensor, out: Tensor, softmax: Tensor, counts: Sequence[int], lengths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
@@ -152,11 +149,6 @@ def _backward(
     return qkv_gradient
 
 
-@_backward.register_fake
-def _(gradient, qkv, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(qkv)
-
-
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     qkv, *ctx.rest = inputs
@@ -167,7 +159,10 @@ def _gradients(ctx, gradient, _):  # type: ignore[no-untyped-def]
     return _backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward = _library.define("packed_attention", _attend, _fake, _gradients, _save)
+_backward = _library.define(
+    "packed_attention_backward", _attend_backward, lambda gradient, qkv, *_: torch.empty_like(qkv)
+)
 
 
 def _kernels(qkv: Tensor, groups: Groups, scale: float) -> Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -56,6 +62,20 @@ def tiny_config(**run: object) -> Config:
 
 
 @pytest.fixture
+def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Training in this process, whose errors are raised here."""
+    from pera_fast import run as run_of_training
+    from pera_fast import train
+
+    monkeypatch.setattr(run_of_training, "_keep_freed_memory", lambda: None)  # it would outlast the test
+
+    def run(*options: object) -> None:
+        train.train(train.parse([str(option) for option in options]), ONE)
+
+    return run
+
+
+@pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Twelve small RGB images."""
     folder = tmp_path / "images"
@@ -76,6 +96,31 @@ def run_module(*arguments: object, **environment: str) -> subprocess.CompletedPr
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def run_here(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m …` in this process, on one thread: a fresh one takes seconds to import torch."""
+    from pera_fast import run as run_of_training  # not for tests of ops alone
+
+    out, err, code, log = StringIO(), StringIO(), None, logging.getLogger("pera_fast")
+    kept, threads = (log.handlers[:], log.propagate, log.level), torch.get_num_threads()
+    log.handlers.clear()
+    torch.set_num_threads(1)
+    with (
+        redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(),
+        patch.object(sys, "argv", [module, *map(str, arguments)]),
+        patch.object(run_of_training, "_keep_freed_memory", lambda: None),  # it would outlast the test
+    ):  # fmt: skip
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that is imported already
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            log.handlers[:], log.propagate, log.level = kept
+            torch.set_num_threads(threads)
+    assert code is None or isinstance(code, int)
+    return subprocess.CompletedProcess([module, *arguments], code or 0, out.getvalue(), err.getvalue())
 
 
 def python_path(folder: Path = ROOT / "tests") -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ONE, needs_cuda, run_module, tiny_config
+from conftest import ONE, needs_cuda, run_here, tiny_config
 from test_engine import assert_near, run, state
 from test_train import SMALL, lines
 
@@ -243,15 +243,15 @@ def test_command_with_auto_and_global_batch_then_resumed(image_folder: Path, tmp
     place = SMALL.index("--batch-size")
     options = SMALL[:place] + SMALL[place + 2 :]
     common = ("pera_fast.train", *options, "--data", image_folder, "--out", out)
-    done = run_module(*common, "--batch-size", "auto", "--global-batch", 12, "--max-steps", 1)
+    done = run_here(*common, "--batch-size", "auto", "--global-batch", 12, "--max-steps", 1)
     assert done.returncode == 0, done.stderr
     assert "12 images a step (12, ranks 1, forward passes 1)" in done.stderr
-    done = run_module(*common, "--batch-size", "auto", "--max-steps", 2, "--resume", "--profile", 1)
+    done = run_here(*common, "--batch-size", "auto", "--max-steps", 2, "--resume", "--profile", 1)
     assert done.returncode == 0, done.stderr
     assert "12 images a step" in done.stderr and [r["step"] for r in lines(out)] == [1, 2]
-    done = run_module(*common, "--batch-size", "many")
+    done = run_here(*common, "--batch-size", "many")
     assert done.returncode == 2 and "batch" in done.stderr
-    done = run_module(*common, "--batch-size", 5, "--global-batch", 12, "--max-steps", 3, "--profile", 1)
+    done = run_here(*common, "--batch-size", 5, "--global-batch", 12, "--max-steps", 3, "--profile", 1)
     assert done.returncode == 0, done.stderr
     assert "12 images a step (4, ranks 1, forward passes 3)" in done.stderr
     assert (out / "profile/trace.json").stat().st_size > 1000

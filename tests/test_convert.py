@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_module, shared_file, tiny_config
+from conftest import run_here, shared_file, tiny_config
 from parity_check import check_step, config_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -136,13 +136,11 @@ def test_recorded_steps_go_on_from_a_converted_checkpoint(name: str, tmp_path: P
 def test_training_goes_on(tmp_path: Path, image_folder: Path) -> None:
     official_file(tmp_path / "pera.params")
     run = tmp_path / "run"
-    made = run_module(
-        "pera_fast.convert", "official", tmp_path / "pera.params", "--out", run, "--num-heads", 2
-    )
+    made = run_here("pera_fast.convert", "official", tmp_path / "pera.params", "--out", run, "--num-heads", 2)
     assert made.returncode == 0, made.stderr
     assert f"{run}/config.yaml" in made.stdout
     before = load_file(checkpoint.newest(run) / "model.safetensors")
-    trained = run_module(
+    trained = run_here(
         "pera_fast.train", "--config", run / "config.yaml", "--resume", "--data", image_folder, "--epochs", "3",
         "--warmup-epochs", "1", "--max-steps", 3, "--batch-size", "4", "--workers", "0", "--device", "cpu",
     )  # fmt: skip
@@ -272,7 +270,7 @@ class _Harmful:
 @pytest.mark.parametrize("command", ["official", "timm", "hf"])
 def test_a_program_in_a_file_is_not_run(command: str, tmp_path: Path) -> None:
     torch.save({"model": {"a": _Harmful(tmp_path / "harm")}}, tmp_path / "pera.params")
-    run = run_module("pera_fast.convert", command, tmp_path / "pera.params", "--out", tmp_path / "run")
+    run = run_here("pera_fast.convert", command, tmp_path / "pera.params", "--out", tmp_path / "run")
     assert run.returncode == 2 and not (tmp_path / "harm").exists()
     assert (
         run.stderr.strip().splitlines()[-1].startswith("error: file: expected tensors and plain values alone")
@@ -390,7 +388,7 @@ def test_what_was_exported_starts_a_run_as_it_was(format: str, tmp_path: Path) -
     pixels = np.random.default_rng(0).integers(0, 900, (2, 5, 40, 40)).astype(np.uint16)
     for a, b in zip(after(after.preprocess(pixels)), before(before.preprocess(pixels)), strict=True):
         assert torch.equal(a, b)
-    assert run_module("pera_fast.report", tmp_path / "run").returncode == 0, "before its first step"
+    assert run_here("pera_fast.report", tmp_path / "run").returncode == 0, "before its first step"
 
 
 def test_other_statistics_take_the_place_of_an_override(tmp_path: Path) -> None:

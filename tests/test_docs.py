@@ -23,7 +23,7 @@ import pytest
 import rasterio
 import yaml
 from affine import Affine
-from conftest import ROOT, run_module
+from conftest import ROOT, run_here
 from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -126,7 +126,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     masked_images(root / "seg/train", 5)
     masked_images(root / "seg/val", 2)
     sentinel2_product(root / "products/S2A_MSIL1C_20200801.SAFE/GRANULE/L1C/IMG_DATA")
-    run = run_module("pera_fast.train", "--data", root / "scenes", "--out", root / "runs/mine", *TINY)
+    run = run_here("pera_fast.train", "--data", root / "scenes", "--out", root / "runs/mine", *TINY)
     assert run.returncode == 0, run.stderr[-3000:]
     (root / "runs/started").mkdir()
     shutil.copy(root / "runs/mine/config.yaml", root / "runs/started")  # of a conversion that is parsed alone

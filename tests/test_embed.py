@@ -17,7 +17,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import torch
-from conftest import run_module, tiny_config
+from conftest import run_here, run_module, tiny_config
 from PIL import Image
 from rasterio import Affine
 from rasterio.control import GroundControlPoint
@@ -588,7 +588,7 @@ def test_folder_whose_pixels_cannot_be_read(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, saved: Path) -> None:
     scene = write(tmp_path / "a.tif", noise(120, 130), **UTM)
     out, look = tmp_path / "map.tif", tmp_path / "look.png"
-    done = run_module(
+    done = run_here(
         "pera_fast.embed", scene, "--checkpoint", saved, "--out", out, "--pca", 3, "--dtype", "int8", "--overlap",
         0.5, "--tile-px", 48, "--batch-size", 4, "--quicklook", look, "--device", "cpu",
     )  # fmt: skip
@@ -607,7 +607,7 @@ def test_command(tmp_path: Path, saved: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(noise(60, 60).transpose(1, 2, 0)).save(folder / "a.png")
-    done = run_module("pera_fast.embed", folder, "--checkpoint", saved, "--out", tmp_path / "a.parquet")
+    done = run_here("pera_fast.embed", folder, "--checkpoint", saved, "--out", tmp_path / "a.parquet")
     assert done.returncode == 0 and "1 images, 0 skipped" in done.stderr, done.stderr
     assert pq.read_table(tmp_path / "a.parquet").num_rows == 1
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ONE, run_module, tiny_config
+from conftest import ONE, run_here, tiny_config
 from PIL import Image
 from torch import Tensor, nn
 
@@ -194,7 +194,7 @@ def test_scene_halves(tmp_path: Path) -> None:
 
 def test_command_prints_one_json_object(saved: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "eval.json"
-    done = run_module(
+    done = run_here(
         "pera_fast.evaluate", "knn", "--checkpoint", saved, "--train", folders[0], "--val", folders[1],
         "--k", 5, "--device", "cpu", "--out", out, "--confusion", tmp_path / "confusion.png",
     )  # fmt: skip
@@ -213,7 +213,7 @@ def test_command_prints_one_json_object(saved: Path, folders: tuple[Path, Path],
 def test_error_ends_the_command_with_one_sentence(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     train, val = folders
     missing = tmp_path / "none"
-    done = run_module(
+    done = run_here(
         "pera_fast.evaluate", "knn", "--checkpoint", missing, "--train", train, "--val", val
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_module, tiny_config
+from conftest import run_here, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -79,13 +79,13 @@ def test_a_file_holds_all_it_takes(file: Path) -> None:
 def test_nothing_of_the_run_goes_along(tmp_path: Path, image_folder: Path) -> None:
     """Folders of the machine that trained are not published."""
     run = tmp_path / "run"
-    done = run_module(
+    done = run_here(
         "pera_fast.train", "--data", image_folder, "--out", run, "--max-steps", 1, "--batch-size", 2, "--workers", 0,
         "--embed-dim", 32, "--depth", 2, "--num-heads", 2, "--device", "cpu", "--num-prototypes", 64,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out.safetensors"
-    done = run_module("pera_fast.export", "--checkpoint", run, "--out", out)
+    done = run_here("pera_fast.export", "--checkpoint", run, "--out", out)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path).encode() not in out.read_bytes()
     images = torch.randn(1, 3, 64, 64)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import python_path, run_module
+from conftest import python_path, run_here
 from test_train import SMALL
 
 from pera_fast.data import index as index_module
@@ -68,7 +68,7 @@ def test_training_with_an_index_is_the_same(image_folder: Path, tmp_path: Path) 
     logs = []
     for name, extra in (("plain", ()), ("made", ("--index", tmp_path / "i"))):
         arguments = (*SMALL, "--data", image_folder, "--out", tmp_path / name, "--max-steps", 2, *extra)
-        done = run_module("pera_fast.train", *arguments)
+        done = run_here("pera_fast.train", *arguments)
         assert done.returncode == 0, done.stderr
         logs.append([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()])
     assert logs[0] == logs[1] and SceneTable(tmp_path / "i").root == str(image_folder)

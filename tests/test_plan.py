@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import python_path, run_module, tiny_config
+from conftest import python_path, run_here, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pera_fast.config import PRESETS, Config, CropConfig
@@ -151,7 +151,7 @@ def test_lines_and_largest_batches() -> None:
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("pera_fast.plan", "--preset", "vit_ti", "--depth", 2, "--num-prototypes", 1024)
-    done = run_module(*arguments, "--gpu-memory", 24)
+    done = run_here(*arguments, "--gpu-memory", 24)
     assert done.returncode == 0, done.stderr
     assert "memory per image" in done.stdout and "GFLOP" in done.stdout and " of 24 GB" in done.stdout
 
@@ -165,8 +165,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert facts["bytes_at_largest_batch"] + 8 * facts["bytes_per_image"] > 0.94 * 24e9
     assert "none: one image needs" in here("--gpu-memory", 0.1)
     for memory in (-1, "inf"):
-        done = run_module(*arguments, "--gpu-memory", memory)
+        done = run_here(*arguments, "--gpu-memory", memory)
         sentence = f"error: gpu-memory: expected gigabytes above 0, got {memory}\n"
         assert done.returncode == 2 and done.stderr == sentence
-    done = run_module(*arguments, "--activation", "everything")
+    done = run_here(*arguments, "--activation", "everything")
     assert done.returncode == 2 and "activation" in done.stderr

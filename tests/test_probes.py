@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import run_module, shared_file, tiny_config
+from conftest import run_here, shared_file, tiny_config
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor, nn
@@ -601,7 +601,7 @@ def test_confusion_is_drawn_for_any_number_of_classes(tmp_path: Path) -> None:
 
 def test_linear_command(exported: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
     out, picture = tmp_path / "linear.json", tmp_path / "confusion.png"
-    done = run_module(
+    done = run_here(
         "pera_fast.evaluate", "linear", "--checkpoint", exported, "--train", folders[0], "--val", folders[1],
         "--shots", 4, "--seeds", 2, "--device", "cpu", "--out", out, "--confusion", picture,
     )  # fmt: skip
@@ -618,7 +618,7 @@ def test_linear_command(exported: Path, folders: tuple[Path, Path], tmp_path: Pa
 def test_seg_command(exported: Path, maps: dict[str, Path], tmp_path: Path) -> None:
     out, picture = tmp_path / "seg.json", tmp_path / "confusion.png"
     paths = [part for option in maps.items() for part in option]
-    done = run_module(
+    done = run_here(
         "pera_fast.evaluate", "seg", "--checkpoint", exported, *paths, "--classes", *NAMES, "--seeds", 2,
         "--device", "cpu", "--out", out, "--confusion", picture,
     )  # fmt: skip

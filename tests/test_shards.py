@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import run_module, tiny_config
+from conftest import run_here, tiny_config
 from PIL import Image
 from test_train import SMALL, lines
 
@@ -82,9 +82,7 @@ def test_the_stream_of_images_is_that_of_the_folder(packed: Path, tmp_path: Path
 def test_a_training_from_shards_is_that_from_files(image_folder: Path, tmp_path: Path) -> None:
     subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "all.tar", "."], cwd=image_folder, check=True)
     for data, out in ((image_folder, "files"), (tmp_path / "all.tar", "shard")):
-        done = run_module(
-            "pera_fast.train", *SMALL, "--data", data, "--out", tmp_path / out, "--max-steps", 3
-        )
+        done = run_here("pera_fast.train", *SMALL, "--data", data, "--out", tmp_path / out, "--max-steps", 3)
         assert done.returncode == 0, done.stderr
     a, b = (lines(tmp_path / out) for out in ("files", "shard"))
     assert [r["loss"] for r in a] == [r["loss"] for r in b] and len(a) == 3

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ONE, run_module, start_ranks, tiny_config
+from conftest import ONE, run_here, run_module, start_ranks, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -33,17 +33,6 @@ SMALL = (
     "--device", "cpu", "--window-px", 64, "--workers", 1, "--precision", "fp32", "--log-every", 1, "--epochs", 4,
     "--no-report",
 )  # fmt: skip
-
-
-@pytest.fixture
-def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The command in this process, which is quicker where nothing is made of its answer."""
-    monkeypatch.setattr(run_of_training, "_keep_freed_memory", lambda: None)  # it would outlast the test
-
-    def run(*options: object) -> None:
-        train.train(train.parse([str(option) for option in options]), ONE)
-
-    return run
 
 
 def lines(out: Path) -> list[dict[str, float]]:
@@ -165,7 +154,7 @@ def test_the_folder_of_another_run_is_refused(
     command = [*SMALL, "--data", image_folder, "--out", out, "--max-steps", 1]
     train_here(*command)
     before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
-    refused = run_module("pera_fast.train", *command, "--lr", 0.25, "--seed", 3)
+    refused = run_here("pera_fast.train", *command, "--lr", 0.25, "--seed", 3)
     lr = PRESETS["demo"].optim.lr
     assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
         f"error: out: {out} holds a run with other values (lr {lr}, now 0.25; seed 0, now 3): expected another "
@@ -202,10 +191,10 @@ def test_ranks_that_disagree_are_told_so(what: str, image_folder: Path, tmp_path
     for rank in (0, 1):
         shutil.copytree(image_folder, tmp_path / f"data{rank}")
     command = [*SMALL, "--data", tmp_path / "data0", "--max-steps", 1, "--stats", tmp_path / "stats.json"]
-    done = run_module("pera_fast.stats", image_folder, "--out", tmp_path / "stats.json")
+    done = run_here("pera_fast.stats", image_folder, "--out", tmp_path / "stats.json")
     assert done.returncode == 0, done.stderr
     if what == "checkpoint":
-        done = run_module("pera_fast.train", *command, "--out", tmp_path / "out0")
+        done = run_here("pera_fast.train", *command, "--out", tmp_path / "out0")
         assert done.returncode == 0, done.stderr
     if what == "data":  # the folders may be another, what is in them may not
         next((tmp_path / "data1").iterdir()).unlink()
@@ -225,18 +214,16 @@ def test_ranks_that_disagree_are_told_so(what: str, image_folder: Path, tmp_path
     assert not list(tmp_path.glob("out*/metrics.jsonl")) or what == "checkpoint"
 
 
-def test_yaml_config_is_read_and_written(image_folder: Path, tmp_path: Path) -> None:
+def test_yaml_config_is_read_and_written(
+    image_folder: Path, tmp_path: Path, train_here: Callable[..., None]
+) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("run: {batch_size: 3, max_steps: 1}\n")
-    done = run_module(
-        "pera_fast.train", "--config", config, "--embed-dim", 48, "--num-heads", 2, "--data", image_folder, "--depth",
-        1, "--workers", 0, "--out", tmp_path / "run",
+    config.write_text("run: {batch_size: 3, max_steps: 1, report: false}\n")
+    train_here(
+        "--config", config, "--embed-dim", 48, "--num-heads", 2, "--data", image_folder, "--depth", 1, "--workers", 0,
+        "--out", tmp_path / "run",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    again = run_module(
-        "pera_fast.train", "--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again"
-    )
-    assert again.returncode == 0, again.stderr
+    train_here("--config", tmp_path / "run/config.yaml", "--out", tmp_path / "again")
     assert lines(tmp_path / "again")[0]["loss"] == lines(tmp_path / "run")[0]["loss"]
 
 
@@ -307,7 +294,7 @@ def other_classes(folder: Path) -> list[object]:
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments: object, sentence: str, tmp_path: Path) -> None:
-    done = run_module(
+    done = run_here(
         "pera_fast.train",
         "--device",
         "cpu",
@@ -344,9 +331,9 @@ def test_backend_that_cannot_run(backend: str, sentence: str, image_folder: Path
 def test_a_run_that_stays_non_finite_stops_with_its_checkpoint(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     small = ("pera_fast.train", *SMALL, "--data", image_folder, "--out", out, "--checkpoint-every", 1)
-    assert run_module(*small, "--max-steps", 2).returncode == 0
+    assert run_here(*small, "--max-steps", 2).returncode == 0
     hopeless = ("--mean", 1e38, 1e38, 1e38, "--std", 1e-30, 1e-30, 1e-30, "--max-skipped", 3)
-    stopped = run_module(*small, "--resume", *hopeless)
+    stopped = run_here(*small, "--resume", *hopeless)
     assert stopped.returncode == 1, stopped.stderr
     last = stopped.stderr.strip().splitlines()[-1]
     assert (
@@ -354,7 +341,7 @@ def test_a_run_that_stays_non_finite_stops_with_its_checkpoint(image_folder: Pat
     )
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
     assert lines(out)[-1]["skipped_steps"] == 3
-    assert run_module(*small, "--resume", "--max-steps", 3).returncode == 0
+    assert run_here(*small, "--resume", "--max-steps", 3).returncode == 0
 
 
 @pytest.mark.parametrize("is_asked_to_stop", [False, True])

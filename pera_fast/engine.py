@@ -24,8 +24,9 @@ from pera_fast.model.pera import (
     Losses,
     Patches,
     PerA,
-    draw_subsets,
+    draw_sequences,
     join_whole_batch,
+    make_subsets,
     split_patches,
 )  # fmt: skip
 from pera_fast.model.shadow import give_shadows, shadows_of
@@ -38,7 +39,7 @@ from pera_fast.schedules import StepValues
 _log = logging.getLogger("pera_fast")
 _WARMUP = 11  # steps before one is recorded; DDP asks for as many
 
-Input = tuple[Patches, list[Subset]]  # of a forward pass
+Input = tuple[Patches, list[Tensor] | None]  # of a forward pass: patches, and what `draw_sequences` drew
 
 
 class TrainingStopped(RuntimeError):
@@ -241,14 +242,17 @@ class Engine:
         """
         self.optimizer.zero_grad()  # of a probe that failed
         self._temperature.fill_(0.04)
-        inputs, parts = [(patches, self._subsets(0, 0, patches))] * min(passes, 2), passes * self.world.ranks
+        inputs, parts = (
+            [(patches, self._sequences(0, 0, patches))] * min(passes, 2),
+            passes * self.world.ranks,
+        )
         if self._is_sharded:
             self._gradients(inputs)
         else:
             for one in inputs:
                 with self._autocast(), self.model.alone():
                     losses = self.model(
-                        *one, self._temperature,
+                        patches, self._subsets(one), self._temperature,
                         None if parts == 1 else lambda z: join_whole_batch(z, z.detach().repeat(1, parts, 1), 0, parts),
                     )  # fmt: skip
                 losses.total.backward()
@@ -262,13 +266,13 @@ class Engine:
         return self._inputs(step, batches)
 
     def _inputs(self, step: int, batches: Sequence[Batch]) -> list[Input]:
-        """Everything of a step that the host has a part in: patches and subsets of each forward pass."""
+        """Everything of a step that the host has a part in: patches and drop path's choice of each forward pass."""
         crops, patches = self.config.crops, []
         graph = self._graph if self._passes_per_batch == 1 else None  # parts are not where the whole was
         for part, batch in enumerate(batches):
             whole_pass = self.patches(step, part, batch, None if graph is None else graph.inputs[part][0])
             patches += split_patches(whole_pass, self._passes_per_batch, crops.num_global, crops.num_local)
-        return [(one, self._subsets(step, part, one)) for part, one in enumerate(patches)]
+        return [(one, self._sequences(step, part, one)) for part, one in enumerate(patches)]
 
     def _recorded(self, inputs: list[Input] | None) -> StepGraph | None:
         """The graph of the step, which is recorded once the first steps are done, on every rank or on none.
@@ -303,11 +307,11 @@ class Engine:
         whole_batches = self._whole_batches(inputs)
         self.optimizer.zero_grad()
         parts: list[Losses] = []
-        for part, ((patches, subsets), whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
+        for part, (one, whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
             with self._averaging_gradients(is_last=part == len(inputs) - 1):
                 with self._autocast():
                     forward = self._replicas or self.model
-                    losses = forward(patches, subsets, self._temperature, whole_batch)
+                    losses = forward(one[0], self._subsets(one), self._temperature, whole_batch)
                 (losses.total / len(inputs)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
         return parts
@@ -468,9 +472,9 @@ class Engine:
         if parts == 1 or self.config.optim.koleo_weight == 0:
             return [None] * len(inputs)
         later, everyone = [], []
-        for patches, subsets in inputs[1:]:
+        for one in inputs[1:]:
             with self._autocast():
-                later += self._gather(self.model.student_z(patches, subsets))
+                later += self._gather(self.model.student_z(one[0], self._subsets(one)))
 
         def join(part: int, z: Tensor) -> Tensor:
             if part == 0:
@@ -485,10 +489,14 @@ class Engine:
         self._gathered += 1
         return everyone
 
-    def _subsets(self, step: int, part: int, patches: Patches) -> list[Subset]:
+    def _subsets(self, one: Input) -> list[Subset]:
+        patches, sequences = one
+        return make_subsets(patches.groups, self.config.model.depth, sequences)
+
+    def _sequences(self, step: int, part: int, patches: Patches) -> list[Tensor] | None:
         model, seed = self.config.model, self.config.run.seed
         number = part * self.world.ranks + self.world.rank
-        return draw_subsets(patches.groups, model.drop_path, model.depth, seed=seed, step=step, part=number)
+        return draw_sequences(patches.groups, model.drop_path, model.depth, seed=seed, step=step, part=number)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.run.precision == "bf16"

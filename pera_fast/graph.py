@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 
 class Recorded(Protocol):
@@ -58,14 +57,17 @@ class StepGraph:
     def __init__(
         self, function: Callable[[Any], Tensor], inputs: Any, record: Record = record_on_gpu
     ) -> None:
-        self.inputs = own = tree_map_only(Tensor, Tensor.clone, inputs)
-        self._buffers = _flat(own)
+        self._buffers, self._structure = tree_flatten(tree_map_only(Tensor, Tensor.clone, inputs))
+        self.inputs = own = tree_unflatten(self._buffers, self._structure)
         self._output, self._recorded = record(lambda: function(own))
 
     def __call__(self, inputs: Any) -> Tensor:
         """Raises ValueError for inputs of another structure, shape or dtype than those recorded."""
-        values, targets, sources = _flat(inputs), [], []
-        for place, (buffer, x) in enumerate(zip_longest(self._buffers, values)):
+        values, structure = tree_flatten(inputs)
+        if structure != self._structure:
+            raise ValueError("inputs: expected the structure of those recorded, got another")
+        targets, sources = [], []
+        for place, (buffer, x) in enumerate(zip(self._buffers, values, strict=True)):
             if isinstance(buffer, Tensor) and isinstance(x, Tensor):
                 if x.shape != buffer.shape or x.dtype != buffer.dtype:
                     raise ValueError(
@@ -75,9 +77,7 @@ class StepGraph:
                 if x.data_ptr() != buffer.data_ptr():
                     targets.append(buffer)
                     sources.append(x)
-            elif isinstance(buffer, Tensor) or isinstance(x, Tensor):
-                raise ValueError("inputs: expected the structure of those recorded, got another")
-            elif x != buffer:
+            elif isinstance(buffer, Tensor) or isinstance(x, Tensor) or x != buffer:
                 raise ValueError(f"inputs: expected {buffer} as recorded in place {place}, got {x}")
         if targets:
             torch._foreach_copy_(targets, sources, non_blocking=True)
@@ -87,19 +87,3 @@ class StepGraph:
     def release(self) -> None:
         """Give its memory back, and the communicators that it holds, whoever else still refers to this object."""
         self._recorded.reset()
-
-
-def _flat(of: Any, into: list[Any] | None = None) -> list[Any]:
-    """What is in nested tuples and lists, each of which is told by its length before it; those of numbers as they are.
-
-    torch's own way takes a third of a recorded step's work on the host. No function within: it would refer to itself,
-    and so keep all tensors until cycles are collected.
-    """
-    flat = [] if into is None else into
-    if isinstance(of, tuple | list) and set(map(type, of)) != {int}:
-        flat.append(len(of))
-        for x in of:
-            _flat(x, flat)
-    else:
-        flat.append(of)
-    return flat

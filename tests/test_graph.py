@@ -121,14 +121,15 @@ def test_inputs_are_not_kept() -> None:
     [
         (
             (torch.zeros(3), 2),
-            r"expected torch.float32 \[2\] as recorded in place 1, got torch.float32 \[3\]",
+            r"expected torch.float32 \[2\] as recorded in place 0, got torch.float32 \[3\]",
         ),
         ((torch.zeros(2, dtype=torch.float64), 2), "got torch.float64"),
-        ((torch.zeros(2), 3), "expected 2 as recorded in place 2, got 3"),
-        ((torch.zeros(2), torch.zeros(2)), "structure"),
-        ((torch.zeros(2), 2, 2), "expected 2 as recorded in place 0, got 3"),
-        ([(torch.zeros(2), 2)], "expected 2 as recorded in place 0, got 1"),
-        ((torch.zeros(2), (2,)), r"expected 2 as recorded in place 2, got \(2,\)"),
+        ((torch.zeros(2), 3), "expected 2 as recorded in place 1, got 3"),
+        ((torch.zeros(2), torch.zeros(2)), r"expected 2 as recorded in place 1, got tensor"),
+        ((2, 2), r"expected tensor.* as recorded in place 0, got 2"),
+        ((torch.zeros(2), 2, 2), "structure"),
+        ([(torch.zeros(2), 2)], "structure"),
+        ((torch.zeros(2), (2,)), "structure"),
     ],
 )
 def test_other_inputs_than_recorded_are_refused(inputs: Any, sentence: str) -> None:
@@ -438,4 +439,4 @@ def test_little_is_left_to_the_host(image_folder: Path, monkeypatch: pytest.Monk
         "t.",
     )
     launched = [name for name in counter.operations if not any(view in name for view in views)]
-    assert 20 < len(launched) < 80, launched
+    assert 5 < len(launched) < 20, launched

@@ -234,14 +234,23 @@ class PerA(nn.Module):
 def draw_subsets(
     groups: Sequence[CropGroup], drop_path: float, depth: int, *, seed: int = 0, step: int = 0, part: int = 0
 ) -> list[Subset]:
-    """The rows each of the student's 2 * depth branches works on, for one forward pass.
+    """`make_subsets` of `draw_sequences`."""
+    return make_subsets(
+        groups, depth, draw_sequences(groups, drop_path, depth, seed=seed, step=step, part=part)
+    )
 
-    Per branch and crop size a random subset of max(int(b·(1 - drop_path)), 1) of the b sequences, whose
-    residual is scaled by b / subset size. part: of the forward passes of a step, counted over all ranks. Equal
-    numbers give equal subsets on every device, which are drawn where the groups are.
+
+def draw_sequences(
+    groups: Sequence[CropGroup], drop_path: float, depth: int, *, seed: int = 0, step: int = 0, part: int = 0
+) -> list[Tensor] | None:
+    """The sequences that each of the student's 2 * depth branches works on in one forward pass, int64 [2 * depth, size]
+    of each crop size; None: all.
+
+    A random subset of max(int(b·(1 - drop_path)), 1) of the b sequences. part: of the forward passes of a step, counted
+    over all ranks. Equal numbers give equal subsets on every device, which are drawn where the groups are.
     """
     if drop_path == 0:
-        return make_subsets(groups, depth, None)
+        return None
     device, chosen = groups[0].student.device, []
     branch = part * 2 * depth + torch.arange(2 * depth, device=device)
     for kind, group in enumerate(groups):
@@ -256,14 +265,14 @@ def draw_subsets(
             branch, seed=own, step=step, num_patches=count, num_student=size, num_target=0
         )
         chosen.append(drawn[0])
-    return make_subsets(groups, depth, chosen)
+    return chosen
 
 
 def make_subsets(groups: Sequence[CropGroup], depth: int, chosen: Sequence[Tensor] | None) -> list[Subset]:
-    """Subsets from the chosen sequences of each crop size, int64 [2 * depth, size]; None: every sequence.
+    """The rows each of the student's 2 * depth branches works on, from `draw_sequences`.
 
-    In the first depth // 2 blocks the sequences end before their targets. The last MLP sees only what is read of its
-    output: CLS tokens and targets.
+    The residual of a subset is scaled by b / its size. In the first depth // 2 blocks the sequences end before their
+    targets. The last MLP sees only what is read of its output: CLS tokens and targets.
     """
     device = groups[0].student.device
     counts = [len(g.student) for g in groups]

@@ -63,8 +63,8 @@ def null_gpu() -> str:
         f"torch {rows[0]['torch']}, commit {rows[0]['commit']}.",
         "",
         "| preset | GPU, GB | MB an image, ours / eager | images that fit, ours / eager | automatic batch "
-        "| GB predicted | peak, recorded | in blocks |",
-        "|---|---|---|---|---|---|---|---|",
+        "| GB predicted | peak, recorded | in blocks | host ms a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         predicted, peak, blocks = (row[f"{name}_bytes"] / 1e9 for name in ("predicted", "peak", "reserved"))
@@ -72,6 +72,6 @@ def null_gpu() -> str:
             f"| {row['preset']} | {row['gpu_mib'] * 2**20 / 1e9:.1f} "
             f"| {row['ours_bytes_per_image'] / 1e6:.0f} / {row['eager_bytes_per_image'] / 1e6:.0f} "
             f"| {row['ours_largest_batch']} / {row['eager_largest_batch']} | {row['automatic_batch']} "
-            f"| {predicted:.1f} | {peak:.1f} | {blocks:.1f} |"
+            f"| {predicted:.1f} | {peak:.1f} | {blocks:.1f} | {row['recorded_step_host_ms']:.2f} |"
         )
     return "\n".join(lines).replace("_", r"\_")

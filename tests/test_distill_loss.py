@@ -458,6 +458,11 @@ def test_dtypes_may_be_mixed(
         ),
         ({"tau_student": 0.0}, "tau_student: expected a finite temperature above 0, got 0.0"),
         ({"tau_teacher": math.nan}, "tau_teacher: .* got nan"),
+        (
+            {"tau_student": torch.tensor(0.1, requires_grad=True)},
+            "tau_student: expected a constant, got a tensor",
+        ),
+        ({"centre": torch.zeros(20, requires_grad=True)}, "centre: expected a constant, got a tensor"),
         ({"groups": [2, 1]}, r"groups: .* 4 in all, got \[2, 1\]"),
         ({"groups": [4, 0]}, "groups: expected at least one row per crop"),
         ({"prototypes_teacher": (torch.zeros(21, 32), torch.ones(21, 1))}, "prototypes_teacher: expected 20"),

@@ -214,6 +214,14 @@ def bad(rows: int = 6, **arguments: object) -> dict[str, object]:
         (bad(), "groups, cu_seqlens: expected one of the two, got none"),
         (bad(groups=[(1, 6)], cu_seqlens=torch.tensor([0, 6])), "expected one of the two, got both"),
         (bad(cu_seqlens=torch.tensor([1, 6])), "cu_seqlens: expected 0 first and 6 rows last, got 1 and 6"),
+        (
+            {
+                "qkv": torch.zeros(6, 3, 1, 4),
+                "groups": [(1, 6)],
+                "scale": torch.tensor(1.0, requires_grad=True),
+            },
+            "scale: expected a constant, got a tensor that requires a gradient",
+        ),
         (bad(cu_seqlens=torch.tensor([0, 5])), "cu_seqlens: expected 0 first and 6 rows last, got 0 and 5"),
         (
             bad(cu_seqlens=torch.tensor([0, 4, 2, 6])),

@@ -212,6 +212,14 @@ def test_rows_that_are_not_there_or_twice(name: str, values: list[int], problem:
         )
 
 
+def test_a_scale_that_would_learn_is_refused() -> None:
+    x, scale = torch.zeros(3, 4), torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="scale: expected a constant, got a tensor that requires a gradient"):
+        ops.residual_add(x, x, None, scale)
+    with torch.no_grad():
+        ops.residual_add(x, x, None, scale)
+
+
 def test_gradients() -> None:
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     branch = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 BACKENDS = ("reference", "torch", "cpp", "cuda", "triton", "xformers")
 _DEVICES = {
     "reference": None,
@@ -115,6 +117,13 @@ def resolve(op: str, device_type: str) -> Implementation:
         if needs == device_type:
             skipped.append(f"{implementation.backend} {reason}")
     raise BackendError(f"{op}: no backend is usable for {device_type} tensors")
+
+
+def check_constant(**arguments: Any) -> None:
+    """ValueError for a tensor that asks for a gradient where none is computed: it would stay as it is, unnoticed."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient")
 
 
 # What torch.compiler.assume_constant_result does once it has imported the compiler, which takes two seconds.

@@ -61,6 +61,7 @@ def packed_attention(
     rows = sum(sequences * length for sequences, length in groups)
     if rows != qkv.shape[0]:
         raise ValueError(f"groups: expected sequences that add up to {qkv.shape[0]} rows of qkv, got {rows}")
+    _dispatch.check_constant(scale=scale)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     return _dispatch.function("packed_attention", qkv.device.type)(qkv, groups, scale)
 

@@ -70,6 +70,7 @@ def _check(x: Tensor, branch: Tensor | None, rows: Tensor | None, scale: Tensor 
     if x.dim() != 2:
         raise ValueError(f"x: expected shape [R, D], got {list(x.shape)}")
     _check_devices(x, branch=branch, rows=rows, scale=scale)
+    _dispatch.check_constant(scale=scale)
     if branch is not None:
         expected = [len(x) if rows is None else len(rows), x.shape[1]]
         if list(branch.shape) != expected:

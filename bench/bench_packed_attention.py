@@ -93,12 +93,13 @@ def bench_packed_attention(
         output = function(qkv, groups)
         return [output, *torch.autograd.grad(output, qkv, gradient)]
 
+    name = str(dtype).removeprefix("torch.")
     compare(
         benchmark, op="packed_attention", backend=_dispatch.resolve("packed_attention", "cpu").backend,
         peer=peer, ours=lambda: run(ops.packed_attention), theirs=lambda: run(PEERS[peer]),
         same=all_close(2e-2 if dtype == torch.bfloat16 else 1e-4), pairs=9,
-        dtype=str(dtype).removeprefix("torch."),
-        peak_flops=peak_flops("float32"), flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
+        dtype=name, peak_flops=peak_flops(name),
+        flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
         shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, {model}, fwd+bwd{MALLOC}",
     )  # fmt: skip
 

@@ -134,7 +134,7 @@ def bench_recompute(benchmark, precision: str, recompute: str) -> None:
         benchmark, op="vit", backend="cpp", peer="recompute none", ours=lambda: student(recompute),
         theirs=lambda: student("none"), same=near if precision == "bf16" else all_close(1e-3), dtype=precision,
         pairs=2, bytes_per_image=per_image,
-        shape=f"ViT-S student, 4 images, recompute {recompute}: {per_image / 1e6:.1f} MB an image{MALLOC}",
+        shape=f"ViT-S student, 4 images, recompute {recompute}{MALLOC}",
     )  # fmt: skip
 
 

@@ -73,6 +73,8 @@ def table(results: dict[str, Any]) -> str:
                 share = f"{row['flops'] / seconds / row['peak_flops']:.0%} of FLOP/s"
             elif "bandwidth" in row:
                 share = f"{row['bytes_moved'] / seconds / row['bandwidth']:.0%} of bandwidth"
+            elif "bytes_per_image" in row:
+                share = f"{row['bytes_per_image'] / 1e6:.1f} MB an image"
             if "largest_batch" in row:
                 share = f"largest batch {row['largest_batch']}, peer {row['peer_largest_batch']}"
             lines.append(

@@ -85,7 +85,7 @@ def fit_on_gpu(engine: Engine, config: Config, world: World, passes: int) -> Fit
     """By passes of a few images, measured, of which a step has `passes`; every rank takes what fits the fullest GPU."""
     device = world.device
     beside = input_bytes(config, max(np.dtype(name).itemsize for name in engine.statistics.low), passes)
-    gaps = _GAPS if config.run.cuda_graph and config.run.shard == "none" else 0
+    gaps = _GAPS if config.is_recorded else 0
 
     def measure(images: int) -> float:
         torch.cuda.empty_cache()

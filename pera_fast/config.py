@@ -304,7 +304,8 @@ class RunConfig:
     """Share out weights, teacher, gradients and moments (FSDP2), for models that do not fit: over all ranks, or over
     the ranks of each node, which then hold a copy together. none: every rank holds all (DDP)."""
     cuda_graph: bool = True
-    """Record the step on a GPU after a few and replay it; where that fails, steps go on as they are."""
+    """Record the step on a GPU after a few and replay it, with adamw_ema and without shard; where that fails, steps go
+    on as they are."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     max_skipped: int = 10
@@ -380,6 +381,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a step on a GPU is recorded."""
+        return self.run.cuda_graph and self.run.shard == "none" and self.optim.optimizer == "adamw_ema"
 
     def __post_init__(self) -> None:
         patch_px, crops = self.model.patch_px, self.crops

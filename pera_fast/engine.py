@@ -242,9 +242,9 @@ class Engine:
         """
         self.optimizer.zero_grad()  # of a probe that failed
         self._temperature.fill_(0.04)
-        inputs, parts = (
-            [(patches, self._sequences(0, 0, patches))] * min(passes, 2),
+        parts, inputs = (
             passes * self.world.ranks,
+            [(patches, self._sequences(0, 0, patches))] * min(passes, 2),
         )
         if self._is_sharded:
             self._gradients(inputs)
@@ -252,7 +252,7 @@ class Engine:
             for one in inputs:
                 with self._autocast(), self.model.alone():
                     losses = self.model(
-                        patches, self._subsets(one), self._temperature,
+                        patches, self._subsets(*one), self._temperature,
                         None if parts == 1 else lambda z: join_whole_batch(z, z.detach().repeat(1, parts, 1), 0, parts),
                     )  # fmt: skip
                 losses.total.backward()
@@ -307,11 +307,12 @@ class Engine:
         whole_batches = self._whole_batches(inputs)
         self.optimizer.zero_grad()
         parts: list[Losses] = []
-        for part, (one, whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
+        for part, ((patches, sequences), whole_batch) in enumerate(zip(inputs, whole_batches, strict=True)):
             with self._averaging_gradients(is_last=part == len(inputs) - 1):
                 with self._autocast():
                     forward = self._replicas or self.model
-                    losses = forward(one[0], self._subsets(one), self._temperature, whole_batch)
+                    subsets = self._subsets(patches, sequences)
+                    losses = forward(patches, subsets, self._temperature, whole_batch)
                 (losses.total / len(inputs)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
         return parts
@@ -472,9 +473,9 @@ class Engine:
         if parts == 1 or self.config.optim.koleo_weight == 0:
             return [None] * len(inputs)
         later, everyone = [], []
-        for one in inputs[1:]:
+        for patches, sequences in inputs[1:]:
             with self._autocast():
-                later += self._gather(self.model.student_z(one[0], self._subsets(one)))
+                later += self._gather(self.model.student_z(patches, self._subsets(patches, sequences)))
 
         def join(part: int, z: Tensor) -> Tensor:
             if part == 0:
@@ -489,8 +490,7 @@ class Engine:
         self._gathered += 1
         return everyone
 
-    def _subsets(self, one: Input) -> list[Subset]:
-        patches, sequences = one
+    def _subsets(self, patches: Patches, sequences: list[Tensor] | None) -> list[Subset]:
         return make_subsets(patches.groups, self.config.model.depth, sequences)
 
     def _sequences(self, step: int, part: int, patches: Patches) -> list[Tensor] | None:

@@ -96,8 +96,7 @@ def input_bytes(config: Config, itemsize: int = 1, passes: int = 1) -> int:
     source = config.model.in_bands * config.data.window_px**2 * itemsize
     groups, *rows = synthetic_patches(config, 1, torch.device("meta"))
     patches = sum(x.nbytes for x in (*rows, *(x for group in groups for x in group)))
-    is_recorded = config.run.cuda_graph and config.run.shard == "none"
-    return (2 * passes + is_recorded) * source + (passes - 1) * patches
+    return (2 * passes + config.is_recorded) * source + (passes - 1) * patches
 
 
 def peak_bytes(config: Config, images: int) -> int:

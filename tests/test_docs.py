@@ -112,6 +112,9 @@ def sentinel2_product(folder: Path) -> None:
             height=120 // step, width=120 // step, crs="EPSG:32632", transform=place,
         ) as band:  # fmt: skip
             band.write(pixels)
+        masks = folder.parent / "QI_DATA"  # as products have since baseline 04.00
+        masks.mkdir(exist_ok=True)
+        (masks / f"MSK_QUALIT_{name}.jp2").write_bytes(b"not of the image")
 
 
 @pytest.fixture(scope="module")

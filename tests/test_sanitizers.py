@@ -76,7 +76,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         sources.append(ROOT / "csrc/testing/threads.cpp")
     target = re.search(r'^TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
     command = [
-        compiler, *BUILT["cpu_flags"], "-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={kind}",
+        compiler, *BUILT["cpu_flags"], "-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={kind}",
         "-fno-sanitize-recover=all", f"-DTORCH_TARGET_VERSION={target}", f"-isystem{torch_root / 'include'}",
     ]  # fmt: skip
 

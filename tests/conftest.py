@@ -62,20 +62,6 @@ def tiny_config(**run: object) -> Config:
 
 
 @pytest.fixture
-def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Training in this process, whose errors are raised here."""
-    from pera_fast import run as run_of_training
-    from pera_fast import train
-
-    monkeypatch.setattr(run_of_training, "_keep_freed_memory", lambda: None)  # it would outlast the test
-
-    def run(*options: object) -> None:
-        train.train(train.parse([str(option) for option in options]), ONE)
-
-    return run
-
-
-@pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Twelve small RGB images."""
     folder = tmp_path / "images"

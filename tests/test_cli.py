@@ -9,39 +9,19 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, run_here, run_module
 
 from pera_fast import __version__, _cli
 from pera_fast.config import ConfigError
 
 
-class Shown:
-    """What `pera-fast` with these arguments prints, and its exit code."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["pera-fast", *arguments])
-        code: object = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that is imported already
-            try:
-                _cli.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-        out, err = self._capsys.readouterr()
-        assert isinstance(code, int)
-        return code, out, err
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shown:
-    return Shown(monkeypatch, capsys)
+def shown(*arguments: str) -> tuple[int, str, str]:
+    """The exit code of `pera-fast` with these arguments, and what it prints."""
+    done = run_here("pera_fast", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_every_command_is_a_module_and_the_other_way_round() -> None:
@@ -61,7 +41,7 @@ def test_the_version_is_in_one_place() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
-def test_without_a_command_all_are_named(arguments: tuple[str, ...], shown: Shown) -> None:
+def test_without_a_command_all_are_named(arguments: tuple[str, ...]) -> None:
     code, out, _ = shown(*arguments)
     assert code == 0 and all(f"  {name} " in out for name in _cli.COMMANDS)
 
@@ -89,14 +69,14 @@ def test_a_command_is_its_module() -> None:
         (("convert", "offical", "x"), "unrecognized options: offical, x"),
     ],
 )  # fmt: skip
-def test_wrong_options_are_one_sentence(arguments: tuple[str, ...], sentence: str, shown: Shown) -> None:
+def test_wrong_options_are_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
     code, out, err = shown(*arguments)
     assert code == 2 and out == ""
     assert re.fullmatch(f"error: {sentence}\n", err), err
 
 
 @pytest.mark.parametrize("name", _cli.COMMANDS)
-def test_help_is_shown(name: str, shown: Shown) -> None:
+def test_help_is_shown(name: str) -> None:
     code, out, err = shown(name, "--help")
     assert code == 0 and "usage" in (out + err).lower()
 

@@ -26,8 +26,6 @@ from safetensors.torch import load_file
 from test_train import SMALL, lines
 
 from pera_fast import checkpoint
-from pera_fast.config import ConfigError
-from pera_fast.data.sources import DataError
 
 TRIALS = int(os.environ.get("PERA_FAST_TRIALS", "2"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -316,42 +314,47 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_nothing_is_unpickled(
-    image_folder: Path, tmp_path: Path, train_here: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_is_unpickled(image_folder: Path, tmp_path: Path) -> None:
     """A pickle that would create a file, in the place of every file that is read."""
     made, out = tmp_path / "made", tmp_path / "out"
     poison = pickle.dumps(Payload(made))
     pickle.loads(poison)
     assert made.exists(), "it would work"
     made.unlink()
-    common = (*SMALL, "--workers", 0, "--data", image_folder)
-    options = (*common, "--out", out, "--index", tmp_path / "index")
-    train_here(*options, "--max-steps", 1)
+    assert (
+        run_here(*command(image_folder, out, "--max-steps", 1, "--index", tmp_path / "index")[2:]).returncode
+        == 0
+    )
     read = checkpoint.newest(out)
     places = [*sorted(read.iterdir()), *sorted((tmp_path / "index").iterdir())]
     assert len(places) == 6
     for place in places:
         kept = place.read_bytes()
         place.write_bytes((poison + b"." * len(kept))[: len(kept)])
+        done = run_here(
+            *command(image_folder, out, "--max-steps", 2, "--resume", "--index", tmp_path / "index")[2:]
+        )
         if place.parent == read and place.name == "state.json":
-            train_here(*options, "--max-steps", 2, "--resume")
-            assert "no checkpoint in" in caplog.text  # it is none any more; the run before is moved aside
+            assert "no checkpoint in" in done.stderr  # it is none any more; the run before is moved aside
             shutil.rmtree(out)
             (tmp_path / "out.old-1").rename(out)
         else:
-            with pytest.raises((ConfigError, DataError)):
-                train_here(*options, "--max-steps", 2, "--resume")
+            assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: "), place
         place.write_bytes(kept)
         assert not made.exists(), place
     for option in ("--config", "--stats"):
         (tmp_path / "file").write_bytes(poison)
-        with pytest.raises((ConfigError, DataError)):
-            train_here(*common, "--out", tmp_path / "new", option, tmp_path / "file")
+        assert (
+            run_here(*command(image_folder, tmp_path / "new", option, tmp_path / "file")[2:]).returncode == 2
+        )
     (tmp_path / "file").write_text(f"run: !!python/object/apply:pathlib.Path.touch [{made}]")
-    with pytest.raises(ConfigError):
-        train_here(*common, "--out", tmp_path / "new", "--config", tmp_path / "file")
-    assert not made.exists()
+    assert (
+        run_here(*command(image_folder, tmp_path / "new", "--config", tmp_path / "file")[2:]).returncode == 2
+    )
+    for image in ("a.jpg", "a.tif", "a.tar"):
+        (image_folder / image).write_bytes(poison)
+    done = run_here(*command(image_folder, tmp_path / "new", "--max-steps", 1, "--max-bad-share", 0.5)[2:])
+    assert done.returncode == 0 and not made.exists()
 
 
 OBSERVED = """

@@ -65,10 +65,10 @@ def distill_loss(
             raise ValueError(f"{name}: expected it on {z_student.device} as z_student, got {tensor.device}")
     if list(centre.shape) != [num_prototypes]:
         raise ValueError(f"centre: expected shape [{num_prototypes}], got {list(centre.shape)}")
+    _dispatch.check_constant(centre=centre, tau_student=tau_student, tau_teacher=tau_teacher)
     for name, tau in (("tau_student", tau_student), ("tau_teacher", tau_teacher)):
         if not (math.isfinite(tau) and tau > 0):
             raise ValueError(f"{name}: expected a finite temperature above 0, got {tau}")
-    _dispatch.check_constant(centre=centre, tau_student=tau_student, tau_teacher=tau_teacher)
     if min(groups, default=0) < 1 or sum(groups) != len(z_student):
         raise ValueError(
             f"groups: expected at least one row per crop, {len(z_student)} in all, got {list(groups)}"

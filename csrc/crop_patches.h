@@ -67,9 +67,13 @@ struct Axis {
   int in;
 };
 
+// The source pixels that one output pixel is made of. Real: what weights are computed in. Only places need double
+// whatever the kind, and they are few: GPUs that are not for data centres have 1/64 of the units for it.
+template <class Real>
 struct Taps {
-  double centre;  // in source pixels
-  int first;      // first source pixel with a weight
+  Real centre;           // in source pixels from the left edge of the first one
+  Real inverse_support;  // of the axis
+  int first;             // first source pixel with a weight
   int count;
 };
 
@@ -78,24 +82,30 @@ PERA_FAST_HOST_DEVICE Axis axis_of(int in, int out) {
   return {scale, scale < 1.0 ? 1.0 : scale, in};
 }
 
-PERA_FAST_HOST_DEVICE Taps taps_of(const Axis& axis, int position) {
+template <class Real>
+PERA_FAST_HOST_DEVICE Taps<Real> taps_of(const Axis& axis, int position) {
   const double centre = multiply(position + 0.5, axis.scale);
   const int first = static_cast<int>(centre - axis.support + 0.5);
   const int end = static_cast<int>(centre + axis.support + 0.5);
   const int clamped = first < 0 ? 0 : first;
-  return {centre, clamped, (end > axis.in ? axis.in : end) - clamped};
+  // `clamped` is a multiple of the centre's last bit and no larger: this difference is exact.
+  return {
+      static_cast<Real>(centre - clamped), static_cast<Real>(1.0 / axis.support), clamped,
+      (end > axis.in ? axis.in : end) - clamped};
 }
 
 // Weight of the k-th tap, still to be divided by the sum over all taps.
-PERA_FAST_HOST_DEVICE double triangle(const Axis& axis, const Taps& taps, int k) {
-  const double distance = multiply(k + taps.first - taps.centre + 0.5, 1.0 / axis.support);
-  const double weight = 1.0 - (distance < 0 ? -distance : distance);
+template <class Real>
+PERA_FAST_HOST_DEVICE Real triangle(const Taps<Real>& taps, int k) {
+  const Real distance = multiply(k - taps.centre + static_cast<Real>(0.5), taps.inverse_support);
+  const Real weight = 1 - (distance < 0 ? -distance : distance);
   return weight < 0 ? 0 : weight;
 }
 
-PERA_FAST_HOST_DEVICE double triangle_sum(const Axis& axis, const Taps& taps) {
-  double sum = 0;
-  for (int k = 0; k < taps.count; ++k) sum += triangle(axis, taps, k);
+template <class Real>
+PERA_FAST_HOST_DEVICE Real triangle_sum(const Taps<Real>& taps) {
+  Real sum = 0;
+  for (int k = 0; k < taps.count; ++k) sum += triangle(taps, k);
   return sum;
 }
 
@@ -122,12 +132,13 @@ struct FloatLevels {
   using Pixel = float;   // in a register
   using Weight = float;
   using Sum = float;
+  using Real = float;  // of weights, before they are rounded to Weight
   static constexpr float kRange = 1.0f;
 
   // Only rounding between the passes makes their order matter.
   static PERA_FAST_HOST_DEVICE bool vertical_first(int, int, int) { return false; }
 
-  static PERA_FAST_HOST_DEVICE Weight weight(double share) { return static_cast<float>(share); }
+  static PERA_FAST_HOST_DEVICE Weight weight(Real share) { return share; }
   static PERA_FAST_HOST_DEVICE Sum sum_start() { return 0.0f; }
   static PERA_FAST_HOST_DEVICE Stored sum_end(Sum sum) { return sum; }
   static PERA_FAST_HOST_DEVICE Stored from_unit(float unit) { return unit; }
@@ -182,6 +193,7 @@ struct ExactLevels {
   using Pixel = int32_t;
   using Weight = int32_t;
   using Sum = int32_t;
+  using Real = double;
   static constexpr float kRange = 255.0f;
   static constexpr int kBits = 22;  // of a weight: 8 bits of level and 2 spare in an int32
 
@@ -190,7 +202,7 @@ struct ExactLevels {
     return height > crop_px && height - crop_px > 2 * (width - crop_px);
   }
 
-  static PERA_FAST_HOST_DEVICE Weight weight(double share) {
+  static PERA_FAST_HOST_DEVICE Weight weight(Real share) {
     return static_cast<int32_t>(0.5 + multiply(share, static_cast<double>(1 << kBits)));
   }
   static PERA_FAST_HOST_DEVICE Sum sum_start() { return 1 << (kBits - 1); }

@@ -165,20 +165,20 @@ inline void fill_taps(TapTable<L>& table, int in, int out, bool flipped) {
   const Axis axis = axis_of(in, out);
   int count = 1;
   for (int i = 0; i < out; ++i) {
-    const Taps taps = taps_of(axis, i);
-    count = taps.count > count ? taps.count : count;
+    const int taps = taps_of<typename L::Real>(axis, i).count;
+    count = taps > count ? taps : count;
   }
   table.count = count;
   for (int i = 0; i < out; ++i) {
     const int position = flipped ? out - 1 - i : i;
-    const Taps taps = taps_of(axis, i);
-    const double sum = triangle_sum(axis, taps);
+    const auto taps = taps_of<typename L::Real>(axis, i);
+    const auto sum = triangle_sum(taps);
     const int first = taps.first + count > in ? in - count : taps.first;
     table.first[position] = first;
     typename L::Weight* weights = table.weights + static_cast<int64_t>(position) * count;
     for (int k = 0; k < count; ++k) weights[k] = 0;
     for (int k = 0; k < taps.count; ++k) {
-      weights[taps.first - first + k] = L::weight(triangle(axis, taps, k) / sum);
+      weights[taps.first - first + k] = L::weight(triangle(taps, k) / sum);
     }
   }
 }

@@ -38,13 +38,12 @@ struct Tile {
 // The taps of a tile's columns or rows.
 template <class L>
 struct TileAxis {
-  Axis axis;
   int most;  // no position has more taps
-  Taps taps[kSide];
-  double sum[kSide];
+  Taps<typename L::Real> taps[kSide];
+  typename L::Real sum[kSide];
 
   __device__ __forceinline__ typename L::Weight weight(int position, int k) const {
-    return L::weight(triangle(axis, taps[position], k) / sum[position]);
+    return L::weight(triangle(taps[position], k) / sum[position]);
   }
 };
 
@@ -112,13 +111,10 @@ __device__ __forceinline__ void place_taps(
     if (position >= (i == 0 ? tile.columns : tile.rows)) continue;
     const Axis axis = axis_of(static_cast<int>(a.box[4 * crop + 3 - i]), crop_px);
     const int pixel = (i == 0 ? tile.left : tile.top) + position;
-    const Taps taps = taps_of(axis, a.flip[2 * crop + i] ? crop_px - 1 - pixel : pixel);
+    const auto taps = taps_of<typename L::Real>(axis, a.flip[2 * crop + i] ? crop_px - 1 - pixel : pixel);
     s.axes[i].taps[position] = taps;
-    s.axes[i].sum[position] = triangle_sum(axis, taps);
-    if (position == 0) {
-      s.axes[i].axis = axis;
-      s.axes[i].most = static_cast<int>(2 * axis.support) + 2;
-    }
+    s.axes[i].sum[position] = triangle_sum(taps);
+    if (position == 0) s.axes[i].most = static_cast<int>(2 * axis.support) + 2;
   }
 }
 

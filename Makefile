@@ -17,7 +17,7 @@ test: $(READY)
 
 # Threads wait as in training (pera_fast/_cli.py). Loss and ViT are measured again with a malloc that gives no memory
 # back, as jemalloc or a GPU's allocator would. One file per machine under bench/results/, then the
-# README's tables from it.
+# README's table from it.
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench/ --benchmark-only -q --benchmark-json=.benchmark.json $(ARGS)
 	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 $(BIN)/python -m pytest \

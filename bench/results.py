@@ -1,9 +1,9 @@
-"""Benchmark results in the repository, and the README's tables made from them.
+"""Benchmark results in the repository, and the README's table made from them.
 
 python bench/results.py save FILE …    pytest-benchmark's .json files, or the .jsonl that $BENCH_ROWS named, ->
                                        bench/results/<machine>.json, each benchmark's row in the place of an earlier
                                        one of the same name
-python bench/results.py readme         the results -> README.md, between its markers: every step, a line for each op
+python bench/results.py readme         the results -> README.md, between its markers: a line for each op
 python bench/results.py show FILE      the table of such a <machine>.json
 """
 
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,47 +93,45 @@ def digits(ms: float) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """One Markdown table per device: an op's cases in one line, each against its fastest peer."""
-    lines = []
-    for heading, own in by_device(rows).items():
-        cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
-        for row in own:
-            fastest = cases[row["op"], row["dtype"].replace("fp32", "float32").replace("bf16", "bfloat16")]
-            fastest[row["shape"]] = min(row, fastest.get(row["shape"], row), key=lambda r: r["ratio_vs_peer"])
-        lines += [
-            heading,
-            "",
-            "| op | dtype | cases | times as fast as the fastest peer, median (least to most) | of its memory |",
-            "|---|---|---|---|---|",
-        ]
-        for (op, dtype), fastest in sorted(cases.items()):
-            ratios = sorted(row["ratio_vs_peer"] for row in fastest.values())
-            shares = [
-                row["peak_bytes"] / row["peer_peak_bytes"]
-                for row in fastest.values()
-                if row["peer_peak_bytes"] > 1e6
-            ]
-            lines.append(
-                f"| {op} | {dtype} | {len(ratios)} | **{median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
-                f"| {f'{median(shares):.2f}' if shares else ''} |"
+    """One Markdown table, a column per machine: an op's cases in one cell, each against its fastest peer."""
+    machines: dict[str, set[str]] = defaultdict(set)
+    cases: dict[tuple[str, str], dict[str, dict[tuple[str, str], float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in rows:
+        machine = re.sub(r", \d+ threads$", "", row["device"])
+        machines[machine].add(row["date"])
+        dtype = row["dtype"].replace("fp32", "float32").replace("bf16", "bfloat16")
+        fastest, case = cases[row["op"], dtype][machine], (row["device"], row["shape"])
+        fastest[case] = min(row["ratio_vs_peer"], fastest.get(case, inf))
+    names = sorted(machines)
+    lines = [f"| op | dtype | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    for (op, dtype), found in sorted(cases.items()):
+        cells = []
+        for name in names:
+            ratios = sorted(found[name].values())
+            one = len(ratios) == 1
+            cells.append(
+                f"**{median(ratios):.2f}**" + ("" if one else f" ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+                if ratios
+                else ""
             )
-        lines.append("")
-    return "\n".join(lines).strip()
+        lines.append(f"| {op} | {dtype} | {' | '.join(cells)} |")
+    when = "; ".join(f"{name}: {', '.join(sorted(machines[name]))}" for name in names)
+    return "\n".join([*lines, "", f"Measured on {when}."])
 
 
 def readme() -> None:
     """Replace what stands between the README's markers by each machine's results."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     rows = [row for results in found for row in results.get("rows", ())]
-    steps = [row for row in rows if row["op"] == "step"]
     # The rows of `vit` compare ours with ours: what its backward pass keeps.
     ops = [row for row in rows if row["op"] not in ("step", "vit")]
-    tables = f"{table({'rows': steps})}\n\nThe ops:\n\n{summary(ops)}"
     path = ROOT / "README.md"
     text = path.read_text()
     before, rest = text.split(MARKERS[0], 1)
     after = rest.split(MARKERS[1], 1)[1]
-    path.write_text(f"{before}{MARKERS[0]}\n{tables}\n{MARKERS[1]}{after}")
+    path.write_text(f"{before}{MARKERS[0]}\n{summary(ops)}\n{MARKERS[1]}{after}")
 
 
 if __name__ == "__main__":

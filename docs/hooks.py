@@ -24,7 +24,7 @@ ROWS = [
     row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text()).get("rows", ())
 ]
 GPUS = sorted({row["device"] for row in ROWS if not row["device"].endswith(" threads")})
-readme_table = runpy.run_path(str(ROOT / "bench/results.py"))["table"]
+results_table = runpy.run_path(str(ROOT / "bench/results.py"))["table"]
 
 
 def on_files(files: Files, config: Any) -> None:
@@ -48,10 +48,10 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def table(op: str) -> str:
-    """The README's tables of one op, one per machine, without the column that says which op."""
+    """The tables of one op, one per machine, without the column that says which op."""
     if not (rows := [row for row in ROWS if row["op"] == op]):
         raise PluginError(f"results: nothing is measured of {op}")
-    text = readme_table({"rows": rows}).replace("_", r"\_")  # else _foreach_lerp_ is set in italics
+    text = results_table({"rows": rows}).replace("_", r"\_")  # else _foreach_lerp_ is set in italics
     text = re.sub(r"^\|[^|\n]+\|", "|", text, flags=re.MULTILINE)
     return re.sub(r"^(?=[^|\n])", f"`{op}`, ", text, flags=re.MULTILINE)
 

@@ -5,7 +5,7 @@ Python. They register ops when loaded with torch.ops.load_library (pera_fast/ops
 
 Environment:
     CXX                      C++ compiler (default: c++, g++ or clang++ on PATH)
-    CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to)
+    CUDA_HOME                CUDA toolkit (or CUDA_PATH; default: the one nvcc on PATH belongs to, else /usr/local/cuda)
     TORCH_CUDA_ARCH_LIST     e.g. "8.0;9.0+PTX" (default: the visible GPUs, else 8.0;9.0+PTX)
     PERA_FAST_BUILD_CUDA     0 leaves the CUDA library out
     PERA_FAST_REQUIRE_CUDA   1 turns a CUDA library that cannot be built from a warning into an error

@@ -54,7 +54,7 @@ inline bool is_low(const torch::stable::Tensor& tensor) {
   return tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16;
 }
 
-// Entry i of a list whose place may be empty: without the list, or with an empty tensor.
+// Entry i of a list whose place may be empty: in an empty list, or an empty tensor.
 inline const torch::stable::Tensor* maybe(const Tensors& list, size_t i) {
   return i < list.size() && list[i].numel() > 0 ? &list[i] : nullptr;
 }

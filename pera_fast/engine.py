@@ -32,7 +32,7 @@ from pera_fast.model.pera import (
 from pera_fast.model.shadow import give_shadows, shadows_of
 from pera_fast.model.shard import shard, whole
 from pera_fast.model.vit import Subset, VisionTransformer
-from pera_fast.optim import AdamWEMA, TeacherOptimizer, make
+from pera_fast.optim import TeacherOptimizer, make
 from pera_fast.replicas import Replicas
 from pera_fast.schedules import StepValues
 
@@ -97,7 +97,7 @@ class Engine:
         self._graph: StepGraph | None = None
         self._done: torch.cuda.Event | None = None  # when the last step was
         self._prepared: tuple[int, Sequence[Batch], list[Input]] | None = None
-        can_record = run.cuda_graph and not self._is_sharded and isinstance(self.optimizer, AdamWEMA)
+        can_record = self.config.is_recorded
         # DDP rebuilds its buckets in the first steps, libraries choose their algorithms.
         self._steps_to_record = _WARMUP if can_record and device.type == "cuda" else math.inf
         self.first_steps = 1 if self._steps_to_record == math.inf else _WARMUP + 1  # unlike all that follow

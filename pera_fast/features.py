@@ -66,14 +66,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def to_unit(pixels: np.ndarray, dtype: str, statistics: Statistics) -> Tensor:
-    """Source values [C, H, W] of the named dtype to float32 in 0..1; DataError if it has no scale."""
+    """Source values [..., C, H, W] of the named dtype to float32 in 0..1; DataError if it has no scale."""
     low, high = (torch.from_numpy(limit).float()[:, None, None] for limit in statistics.scale_of(dtype))
     image = torch.from_numpy(pixels.astype(np.float32))
     return image.sub_(low).div_(high - low).clamp_(0, 1)  # in its place: images may be large
 
 
 def normalise(image: Tensor, statistics: Statistics, config: Config) -> Tensor:
-    """Subtract the mean and divide by the deviation of each band, as in training. [C, H, W] -> the same."""
+    """Subtract the mean and divide by the deviation of each band, as in training. [..., C, H, W] -> the same."""
     mean = torch.tensor(config.data.mean or statistics.mean, dtype=image.dtype)[:, None, None]
     std = torch.tensor(config.data.std or statistics.std, dtype=image.dtype)[:, None, None]
     return (image - mean) / std

@@ -1,4 +1,4 @@
-"""What a run will need: `python -m pera_fast.plan [--preset NAME] [--gpu-memory GB] [options of pera_fast.train]`.
+"""What a run will need: `python -m pera_fast.plan [--gpu-memory GB] [--json] [options of pera_fast.train]`.
 
 Memory is found by running one whole step on tensors without contents, which takes seconds and no memory; so it
 is that of this code as it is, on any machine. Work is counted by formula.

@@ -35,7 +35,7 @@ _CONSTANT_STD = 1e-6  # a band with less spread than this is constant
 class Statistics:
     """Scaling range per dtype name and band, mean and std per band of the scaled values.
 
-    `num_windows` and `num_pixels` (valid pixels) say how much data they rest on. uint8 is always present.
+    `num_windows` and `num_pixels` (valid pixels) say how much data they rest on.
     """
 
     low: dict[str, tuple[float, ...]]

@@ -27,7 +27,7 @@ def linear(
     any where autocast says which. bias: float [D].
     norm: (n [R, F], weight [F], bias [F]) of which x = n * weight + bias. `residual_norm` keeps n for its backward
     pass: so does this one then, instead of x. Of a gradient G of the output, Gᵀx = (Gᵀn) * weight + (Σ G) ⊗ bias.
-    Gradients flow through x alone.
+    Gradients go to x, weight and bias, none through norm.
 
     Returns [R, D]. Raises ValueError when the shapes do not fit.
     """

@@ -23,7 +23,7 @@ def patch_embed(
     alone. None: N = R, in order.
 
     Returns [N, D] in table's dtype; the product is taken in rows' dtype, or in bfloat16 where autocast says
-    so. Gradients to weight and table, not to rows. Raises ValueError when the shapes do not fit.
+    so. Gradients to rows, weight and table. Raises ValueError when the shapes do not fit.
     """
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(f"rows: expected float [R, F], got {rows.dtype} {list(rows.shape)}")

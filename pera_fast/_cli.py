@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import logging
 import os
@@ -95,6 +96,18 @@ def check_files(read: Sequence[str], **written: str | None) -> None:
         taken.append(path)
 
 
+def check_folder(out: str) -> None:
+    """ConfigError for a folder that is to be made of nothing but what is written now, and has files in it."""
+    got = out.encode("utf-8", "backslashreplace").decode()
+    try:
+        if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+            raise ConfigError(f"out: expected a new or empty folder, got {got} with files in it")
+    except OSError as error:
+        raise ConfigError(
+            f"out: expected a folder that can be written, got {got}: {error.strerror}"
+        ) from None
+
+
 class _Terminal(StringIO):
     encoding = "utf-8"  # by which tyro chooses the lines of its boxes
 
@@ -154,9 +167,9 @@ def _sentence(framed: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. DataError, ConfigError and BackendError end it with `error: <sentence>` on stderr and exit code 2.
+    """Run a command. An exception with an `exit_code` ends it with that and `error: <sentence>` on stderr.
 
-    Any other exception is a fault of the program and keeps its traceback.
+    Any other is a fault of the program and keeps its traceback.
     """
     set_up_logging()
     _set_up_streams()
@@ -189,14 +202,21 @@ def _run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # of `… | head`: nothing is left to say, nor to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except Exception as error:
-        if not isinstance(error, _user_errors()):
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC) or error.filename is not None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # Of `… | head`, or of `… > FILE` on a full disk: nothing more can be said there, nor flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            raise SystemExit(141) from None
+        print(f"error: cannot write: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"{'stopped' if code == os.EX_TEMPFAIL else 'error'}: {error}", file=sys.stderr)
+        raise SystemExit(code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as a shell reports it; the user knows why
 
@@ -208,7 +228,7 @@ def _set_up_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def set_up_logging(level: int = logging.INFO) -> None:
+def set_up_logging() -> None:
     """Send the log of this package to stderr as `pera_fast: message`, once."""
     log = logging.getLogger("pera_fast")
     if not log.handlers:
@@ -216,17 +236,4 @@ def set_up_logging(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("pera_fast: %(message)s"))
         log.addHandler(handler)
         log.propagate = False
-    log.setLevel(level)
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """DataError, ConfigError and BackendError, where their modules are loaded: else none of them can have been raised.
-
-    Not imported here, so that a command without data needs no image library.
-    """
-    places = (
-        ("pera_fast.data.sources", "DataError"),
-        ("pera_fast.config", "ConfigError"),
-        ("pera_fast.ops._dispatch", "BackendError"),
-    )
-    return tuple(getattr(sys.modules[module], name) for module, name in places if module in sys.modules)
+    log.setLevel(logging.INFO)

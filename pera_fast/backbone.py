@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pera_fast
-from pera_fast.checkpoint import Checkpoint, save_tensors, whole
+from pera_fast.checkpoint import Checkpoint, save_tensors
 from pera_fast.config import Config, ConfigError, DataConfig, RunConfig, from_dict, to_dict
 from pera_fast.data.statistics import Statistics
 from pera_fast.features import choose_device, normalise, to_unit
+from pera_fast.files import whole
 from pera_fast.model.vit import VisionTransformer
 
 

@@ -21,8 +21,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ from torch import Tensor
 
 import pera_fast
 from pera_fast.config import Config, ConfigError, from_dict, to_dict
-from pera_fast.data.sources import DataError, printable
 from pera_fast.data.statistics import Statistics
 from pera_fast.distributed import World
 from pera_fast.model.pera import PerA
@@ -44,31 +41,6 @@ from pera_fast.optim import TeacherOptimizer
 
 class WriteError(RuntimeError):
     """A checkpoint could not be written; those before it are as they were. Its text is one sentence for the user."""
-
-
-@contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write, which then takes the place of `path`; until then, and if it fails, what was there stays.
-
-    DataError when it cannot be written.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot write {printable(target)}: {reason}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a run's own text file whole or not at all. DataError when it cannot be."""
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def save_tensors(

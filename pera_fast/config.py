@@ -17,6 +17,8 @@ from typing import Any, Literal
 class ConfigError(ValueError):
     """A setting that cannot work; its text is one sentence for the user."""
 
+    exit_code = 2
+
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:

@@ -234,16 +234,6 @@ def _statistics(path: str | None, in_bands: int, mean: Any = None, std: Any = No
     return Statistics.from_json(json.dumps(values | {"num_windows": 0, "num_pixels": 0}))
 
 
-def _check_out(out: str) -> None:
-    try:
-        if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-            raise ConfigError(f"out: expected a new or empty folder, got {out} with files in it")
-    except OSError as error:
-        raise ConfigError(
-            f"out: expected a folder that can be written, got {out}: {error.strerror}"
-        ) from None
-
-
 def _write(
     out: str,
     config: Config,
@@ -303,7 +293,7 @@ def official(
         images_seen: Images that training has seen, where its schedules are to go on (default: they begin anew).
         stats: A file of pera_fast.stats (default: 8 bit, ImageNet's mean and deviation, as the authors train).
     """
-    _check_out(out)
+    _cli.check_folder(out)
     if images_seen < 0:
         raise ConfigError(f"images_seen: expected a whole number of at least 0, got {images_seen}")
     path = Path(file)
@@ -436,7 +426,7 @@ def timm(
         num_heads: Attention heads, which no tensor's shape shows (default: one for every 64 of the width).
         stats: A file of pera_fast.stats (default: 8 bit, with the mean and deviation of config.json or ImageNet's).
     """
-    _check_out(out)
+    _cli.check_folder(out)
     weights, settings, holder = _model_folder(Path(file))
     with _understood(Path(file)):
         fed = settings.get("pretrained_cfg") or settings
@@ -462,7 +452,7 @@ def hf(
         num_heads: Attention heads (default: config.json's, or one for every 64 of the width).
         stats: A file of pera_fast.stats (default: 8 bit, mean and deviation of preprocessor_config.json or ImageNet's).
     """
-    _check_out(out)
+    _cli.check_folder(out)
     weights, settings, holder = _model_folder(Path(file))
     if (act := settings.get("hidden_act") or "gelu") != "gelu":
         raise ConfigError(f"file: expected a ViT with hidden_act gelu, got {act}")

@@ -11,7 +11,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -32,6 +31,7 @@ from pera_fast.data.sources import (
 )
 from pera_fast.data.statistics import Statistics
 from pera_fast.features import Features, Tile, extract
+from pera_fast.files import whole, write_whole
 from pera_fast.model.vit import VisionTransformer
 
 _log = logging.getLogger("pera_fast")
@@ -89,21 +89,19 @@ def _scene_or_none(path: str) -> Scene | None:
         return None
 
 
-def scene_halves(
-    scenes: Sequence[Scene], nodata: float | None = None, max_nodata_share: float = 0.05
-) -> tuple[list[Tile], list[Tile]]:
+def scene_halves(scenes: Sequence[Scene]) -> tuple[list[Tile], list[Tile]]:
     """A classification task for images without labels: which scene does this tile come from?
 
-    Every scene is cut into square tiles, at least 48 px and about a fifth of its shorter side. Tiles whose
-    centre lies in the left 45 % are the neighbours (first list), those right of 55 % are classified (second
-    list); the gap keeps the two apart. The label is the scene's file name. Tiles with more than
-    max_nodata_share missing pixels are left out, and so are scenes without a tile on either side.
+    Every scene is cut into square tiles of a fifth of its shorter side, or of 48 px if that is more and fits. Tiles
+    whose centre lies in the left 45 % are the neighbours (first list), those right of 55 % are classified (second
+    list); the gap keeps the two apart. The label is the scene's file name. Tiles with more than 5 % missing pixels
+    are left out, and so are scenes that do not have tiles on both sides.
     """
     train_tiles: list[Tile] = []
     val_tiles: list[Tile] = []
     for scene in scenes:
         try:
-            tiles = _valid_tiles(scene, nodata, max_nodata_share)
+            tiles = _valid_tiles(scene)
         except UnreadableImage as error:
             _log.warning("skipped %s", error)
             continue
@@ -115,7 +113,7 @@ def scene_halves(
     return train_tiles, val_tiles
 
 
-def _valid_tiles(scene: Scene, nodata: float | None, max_nodata_share: float) -> list[Tile]:
+def _valid_tiles(scene: Scene) -> list[Tile]:
     shorter = min(scene.height, scene.width)
     side = min(max(48, shorter // 5), shorter)
     windows = [
@@ -123,11 +121,11 @@ def _valid_tiles(scene: Scene, nodata: float | None, max_nodata_share: float) ->
         for top in range(0, scene.height - side + 1, side)
         for left in range(0, scene.width - side + 1, side)
     ]
-    read = read_windows(scene, windows, bands=None, in_bands=scene.num_bands, nodata=nodata)
+    read = read_windows(scene, windows, bands=None, in_bands=scene.num_bands)
     return [
         Tile(scene, *window, label=os.path.basename(printable(scene.path)))
         for window, (_, valid) in zip(windows, read, strict=True)
-        if 1 - valid.mean() <= max_nodata_share
+        if 1 - valid.mean() <= 0.05
     ]
 
 
@@ -482,15 +480,11 @@ def _write(result: dict[str, Any], out: str | None, confusion: str | None) -> No
     """The JSON on stdout and to `out`, the picture to `confusion`; DataError when a file cannot be written."""
     text = json.dumps(result, indent=2, allow_nan=False)
     print(text)
-    file = out
-    try:
-        if out is not None:
-            Path(out).write_text(text + "\n", encoding="utf-8")  # in place: it may be a pipe
-        if confusion is not None:
-            file = confusion
-            Path(confusion).write_bytes(probes.confusion_png(result["confusion"], result["classes"]))
-    except OSError as error:
-        raise DataError(f"cannot write {file}: {error.strerror}") from None
+    if out is not None:
+        write_whole(out, text + "\n")
+    if confusion is not None:
+        with whole(confusion) as partial:
+            partial.write_bytes(probes.confusion_png(result["confusion"], result["classes"]))
 
 
 def main() -> None:

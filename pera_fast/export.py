@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pera_fast import _cli
 from pera_fast.backbone import Backbone, load_backbone, metadata_of, save_backbone, write_tensors
-from pera_fast.checkpoint import whole
 from pera_fast.config import ConfigError
 from pera_fast.data.sources import DataError, printable
+from pera_fast.files import whole
 from pera_fast.model.names import to_hf
 from pera_fast.model.vit import VisionTransformer, resample_table
 
@@ -275,12 +275,10 @@ class Args:
 def export(args: Args) -> None:
     """Run the command. ConfigError and DataError for what the user can put right."""
     out, is_folder = Path(args.out), args.format in ("timm", "hf")
-    if not is_folder:
+    if is_folder:
+        _cli.check_folder(args.out)
+    else:
         _cli.check_files([args.checkpoint], out=args.out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"out: expected a new or empty folder for {args.format}, got {printable(out)} with files"
-        )
     backbone = load_backbone(args.checkpoint)
     if args.image_px is not None:
         backbone = at_size(backbone, args.image_px)

@@ -21,13 +21,14 @@ from PIL import Image
 
 import pera_fast
 from pera_fast import _cli, checkpoint, pictures
-from pera_fast.checkpoint import Checkpoint, write_whole
+from pera_fast.checkpoint import Checkpoint
 from pera_fast.config import PRESETS, Config, ConfigError
 from pera_fast.data.index import scan_or_open, window_counts
 from pera_fast.data.sources import DataError, Scene, UnreadableImage, printable
 from pera_fast.data.statistics import Statistics
 from pera_fast.evaluate import untrained_backbone
 from pera_fast.features import choose_device
+from pera_fast.files import write_whole
 from pera_fast.model.vit import VisionTransformer
 from pera_fast.pictures import STUDENT, TARGET, TEACHER, CropPair, Picture, ShownScene
 

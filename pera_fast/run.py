@@ -35,6 +35,7 @@ from pera_fast.distributed import World
 from pera_fast.engine import Engine, Preempted, StepReport, TrainingStopped
 from pera_fast.evaluate import check_tiles, class_folder_tiles, compare_with_untrained, knn, scene_halves
 from pera_fast.features import Tile
+from pera_fast.files import whole, write_whole
 from pera_fast.health import Watch
 from pera_fast.schedules import Schedules, StepValues
 
@@ -237,7 +238,7 @@ class Run:
                 result = compare_with_untrained(
                     teacher, self.config, self.statistics, *tiles, device=self.world.device
                 )
-                checkpoint.write_whole(self.out / "eval.json", json.dumps(result, indent=2))
+                write_whole(self.out / "eval.json", json.dumps(result, indent=2))
                 _log.info(
                     "k-NN top-1 %.1f %%, untrained network %.1f %%",
                     100 * result["top1"], 100 * result["untrained_top1"],
@@ -360,7 +361,7 @@ class Records:
         out.mkdir(parents=True, exist_ok=True)
         self._metrics_path = out / "metrics.jsonl"
         try:
-            with checkpoint.whole(out / "config.yaml") as partial:
+            with whole(out / "config.yaml") as partial:
                 save_yaml(config, partial)
             self._forget_after(start_step)
             self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
@@ -475,7 +476,7 @@ class Records:
                     kept.append(text + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        checkpoint.write_whole(self._metrics_path, "".join(kept))
+        write_whole(self._metrics_path, "".join(kept))
 
 
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")  # a folder with one of these holds a run

@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from pera_fast import _cli
-from pera_fast.checkpoint import write_whole
 from pera_fast.data.sources import DataError, scan
 from pera_fast.data.statistics import Statistics, compute_statistics
+from pera_fast.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import tyro
 from pera_fast import _cli
 from pera_fast.config import PRESETS, Config, ConfigError, load_yaml
 from pera_fast.distributed import World, world
-from pera_fast.run import Run, TrainingStopped
+from pera_fast.run import Run
 
 
 def parse(arguments: list[str]) -> Config:
@@ -55,11 +55,7 @@ def train(config: Config, on: World) -> None:
 def main() -> None:
     config = parse(sys.argv[1:])
     with world(config.run.device) as on:
-        try:
-            train(config, on)
-        except TrainingStopped as error:
-            print(f"{'error' if error.exit_code == 1 else 'stopped'}: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+        train(config, on)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,16 @@ def test_a_reader_may_stop_reading(arguments: tuple[str, ...]) -> None:
     assert process.wait() == 141
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_onto_a_full_disk(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "pera_fast", "--version"], stdout=full, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert (run.returncode, run.stderr) == (2, "error: cannot write: No space left on device\n")
+
+
 def test_help_needs_no_unicode() -> None:
     shown = run_module("pera_fast", "train", "--help", PYTHONIOENCODING="ascii")
     assert shown.returncode == 0 and "--embed-dim" in shown.stdout

@@ -65,6 +65,8 @@ _REASON_CHARS = 160
 class DataError(ValueError):
     """The data cannot be used; the message is one sentence for the user."""
 
+    exit_code = 2
+
 
 class UnreadableImage(Exception):
     """One image file cannot be read. `path` and a short `reason` say which and why."""

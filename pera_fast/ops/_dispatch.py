@@ -40,6 +40,8 @@ _log = logging.getLogger("pera_fast")
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run here."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Implementation:

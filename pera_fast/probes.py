@@ -7,22 +7,18 @@ one of each patch [n, L, D']). The ViT is one, `RawColours` another.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-import rasterio
 import torch
 import torch.nn.functional as F
 from PIL.PngImagePlugin import PngImageFile
-from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,6 +28,7 @@ from pera_fast.data.sources import (
     Scene,
     UnreadableImage,
     list_images,
+    open_raster,
     open_scene,
     printable,
 )
@@ -45,10 +42,6 @@ _CONSTANT = 1e-6  # a feature with less deviation than this is constant
 _BINS = 32  # of a band's histogram
 _IGNORED = -1
 _CHUNK = 64  # windows whose features are in memory at once
-_GDAL_OPTIONS = {
-    "GDAL_PAM_ENABLED": "NO",
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-}  # the mask's own file alone
 
 
 # --- what is compared -----------------------------------------------------------------------------------
@@ -320,11 +313,10 @@ def _read_png(pair: Pair) -> np.ndarray:
 
 
 def _read_tiff(pair: Pair) -> np.ndarray:
-    with warnings.catch_warnings(), rasterio.Env(**_GDAL_OPTIONS):
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(Path(pair.mask), driver="GTiff") as file:  # a Path is never taken for a URL
-            _check_mask(pair, file.count, file.dtypes[0], *file.shape)
-            return file.read(1)
+    with open_raster(pair.mask) as file:
+        _check_mask(pair, file.count, file.dtypes[0], *file.shape)
+        numbers: np.ndarray = file.read(1)
+    return numbers
 
 
 def _check_mask(pair: Pair, bands: int, dtype: str, height: int, width: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -336,7 +337,10 @@ def test_masks_are_read_as_numbers(tmp_path: Path, kind: str) -> None:
         Image.fromarray(numbers.astype(np.uint16)).save(path)
     else:
         numbers[1] = -1
-        path = write_tiff(tmp_path / "mask.tif", numbers[None].astype(np.int16))
+        # Renamed to a name that is not UTF-8, which GDAL does not open by itself.
+        path = write_tiff(tmp_path / "mask.tif", numbers[None].astype(np.int16)).rename(
+            tmp_path / os.fsdecode(b"m\xe4sk.tif")
+        )
     assert np.array_equal(probes.read_mask(pair_of(tmp_path, path)), numbers)
 
 

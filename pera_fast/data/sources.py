@@ -257,7 +257,7 @@ def open_scene(path: str | os.PathLike[str], place: Place | None = None) -> Scen
     with _unreadable_on_error(path):
         kind = _kind_of(path, place)
         if kind in ("TIFF", "PNG16"):
-            with _open_raster(path, place, kind) as dataset:
+            with open_raster(path, place, kind) as dataset:
                 layout = _layout_of(dataset, path)
                 return Scene(path, dataset.height, dataset.width, layout.num_bands, layout.dtype, place)
         with shards.open_image(path, place) as file:
@@ -398,7 +398,11 @@ class _Layout:
 
 
 @contextmanager
-def _open_raster(path: str, place: Place | None, kind: str) -> Iterator[Any]:
+def open_raster(path: str, place: Place | None = None, kind: str = "TIFF") -> Iterator[Any]:
+    """A TIFF or PNG as rasterio's dataset; nothing but its own file is read. Raises UnreadableImage, rasterio's errors.
+
+    place: where it lies in a tar shard.
+    """
     _silence_not_georeferenced()
     with _gdal_path(path, place) as name, rasterio.Env(**_GDAL_OPTIONS):
         with rasterio.open(name, driver="GTiff" if kind == "TIFF" else "PNG") as dataset:
@@ -558,7 +562,7 @@ def _read_raster(
     in_bands: int,
     nodata: float | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    with _unreadable_on_error(scene.path), _open_raster(scene.path, scene.place, kind) as dataset:
+    with _unreadable_on_error(scene.path), open_raster(scene.path, scene.place, kind) as dataset:
         layout = _layout_of(dataset, scene.path)
         _check_unchanged(scene, dataset.height, dataset.width, layout.dtype)
         if layout.palette is not None:

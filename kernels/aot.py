@@ -24,8 +24,6 @@ class KernelReport:
     """Resources of one compiled kernel; registers and spills are per thread, shared memory per block."""
 
     name: str
-    capability: int
-    num_warps: int
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -40,15 +38,14 @@ def compile_kernel(
     capability: int = 90,
     num_warps: int = 4,
     num_stages: int = 3,
-    divisible_by_16: bool = True,
     multiples_of_16: Collection[str] = (),
 ) -> KernelReport:
     """Compile `kernel`, a function under `@triton.jit` (under autotune or heuristics, pass its `.fn`).
 
     signature: Triton type of every run-time argument, e.g. "*bf16", "i32", "fp32".
     constants: value of every `tl.constexpr` argument.
-    divisible_by_16: assume it of all pointers, as a launch finds it of tensors.
-    multiples_of_16: integer arguments of which it is assumed, too, as a launch does where it finds them so.
+    multiples_of_16: integer arguments that are taken for multiples of 16, as all pointers are: a launch does the same
+        where it finds them so.
     Raises RuntimeError when Triton's interpreter is on: it then has no kernel to compile.
     """
     import triton
@@ -70,7 +67,7 @@ def compile_kernel(
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if (divisible_by_16 and types[name].startswith("*")) or name in multiples_of_16
+        if types[name].startswith("*") or name in multiples_of_16
     }
     source = ASTSource(
         fn=kernel,
@@ -87,8 +84,6 @@ def compile_kernel(
     registers, spill_bytes = resource_usage(cubin)
     return KernelReport(
         name=compiled.metadata.name,
-        capability=capability,
-        num_warps=compiled.metadata.num_warps,
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=compiled.metadata.shared,

@@ -76,7 +76,7 @@ def _backends(op: str, device_type: str) -> dict[str, Any]:
     """The backend of `op` for tensors on `device_type`, and why the ones for such tensors do not run."""
     missing = {}
     for implementation in _dispatch.registered()[op]:
-        needs = _dispatch._DEVICES[implementation.backend]
+        needs = _dispatch.BACKENDS[implementation.backend]
         if needs is None or needs == device_type:
             reason = implementation.why_missing()
             if reason is not None:

@@ -25,15 +25,10 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "torch", "cpp", "cuda", "triton", "xformers")
-_DEVICES = {
-    "reference": None,
-    "torch": None,
-    "cpp": "cpu",
-    "cuda": "cuda",
-    "triton": "cuda",
-    "xformers": "cuda",
-}
+# Each with the device of the tensors it takes, None for any.
+BACKENDS = {
+    "reference": None, "torch": None, "cpp": "cpu", "cuda": "cuda", "triton": "cuda", "xformers": "cuda",
+}  # fmt: skip
 _log = logging.getLogger("pera_fast")
 
 
@@ -104,7 +99,7 @@ def resolve(op: str, device_type: str) -> Implementation:
     for implementation in _registry[op]:
         if choice not in ("auto", implementation.backend):
             continue
-        needs = _DEVICES[implementation.backend]
+        needs = BACKENDS[implementation.backend]
         if needs is not None and needs != device_type:
             reason: str | None = f"needs {needs} tensors, got {device_type}"
         else:

@@ -48,6 +48,13 @@ def why_no_cpp() -> str | None:
     return _load("_C", "library not built (pip install -e . builds it)")
 
 
+def without_result(*names: str) -> None:
+    """Kernels of the CPU library that write to their arguments alone: under fake tensors they do nothing."""
+    if why_no_cpp() is None:
+        for name in names:
+            torch.library.register_fake(f"pera_fast::{name}", lambda *_: None)
+
+
 @functools.cache
 def _why_no_cuda_library() -> str | None:
     if torch.version.cuda is None:

@@ -143,8 +143,7 @@ def _torch_fused(
     return skipped
 
 
-if _library.why_no_cpp() is None:
-    torch.library.register_fake("pera_fast::adamw_ema", lambda *_: None)
+_library.without_result("adamw_ema")
 
 _dispatch.register("adamw_ema", "cuda", _kernels, _library.why_no_cuda)
 _dispatch.register("adamw_ema", "cpp", _kernels, _library.why_no_cpp)

@@ -337,13 +337,14 @@ def _chunked(*arguments: Any) -> Tensor:
     return _forward(*(x.contiguous() if isinstance(x, Tensor) else x for x in arguments))[0]
 
 
-if _library.why_no_cpp() is None:
-    torch.library.register_fake("pera_fast::distill_forward", lambda *_: None)
-    torch.library.register_fake("pera_fast::distill_backward", lambda *_: None)
-    torch.library.register_fake("pera_fast::distill_sums", lambda *_: None)
-    torch.library.register_fake("pera_fast::distill_gradient", lambda *_: None)
-    torch.library.register_fake("pera_fast::distill_operand", lambda *_: None)
-    torch.library.register_fake("pera_fast::distill_finish", lambda *_: None)
+_library.without_result(
+    "distill_forward",
+    "distill_backward",
+    "distill_sums",
+    "distill_gradient",
+    "distill_operand",
+    "distill_finish",
+)
 
 _dispatch.register("distill_loss", "triton", _chunked, _library.why_no_triton)
 _dispatch.register("distill_loss", "cpp", _chunked, _library.why_no_cpp)

@@ -59,8 +59,7 @@ def _torch_foreach(
         torch._foreach_copy_([low for low, _ in copies], [t for _, t in copies])
 
 
-if _library.why_no_cpp() is None:
-    torch.library.register_fake("pera_fast::ema_update", lambda *_: None)
+_library.without_result("ema_update")
 
 _dispatch.register("ema_update", "cuda", _kernels, _library.why_no_cuda)
 _dispatch.register("ema_update", "cpp", _kernels, _library.why_no_cpp)

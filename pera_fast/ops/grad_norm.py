@@ -45,8 +45,7 @@ def _torch_foreach(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.double() for norm in norms]).norm().float()
 
 
-if _library.why_no_cpp() is None:
-    torch.library.register_fake("pera_fast::grad_norm", lambda *_: None)
+_library.without_result("grad_norm")
 
 _dispatch.register("grad_norm", "cuda", _kernels, _library.why_no_cuda)
 _dispatch.register("grad_norm", "cpp", _kernels, _library.why_no_cpp)

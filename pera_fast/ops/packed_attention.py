@@ -271,9 +271,7 @@ class _Operands(torch.autograd.Function):
         return whole, None, None
 
 
-if _library.why_no_cpp() is None:
-    torch.library.register_fake("pera_fast::attention_forward", lambda *_: None)
-    torch.library.register_fake("pera_fast::attention_backward", lambda *_: None)
+_library.without_result("attention_forward", "attention_backward")
 
 _dispatch.register("packed_attention", "cpp", _kernels, _library.why_no_cpp)
 # On a GPU the library takes long sequences until the kernels have been measured there (bench_packed_attention.py).

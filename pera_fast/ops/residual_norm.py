@@ -180,9 +180,7 @@ def _kernels(*arguments: Any) -> tuple[Tensor, ...]:
     return (x, *result) if branch is None else result
 
 
-if _library.why_no_cpp() is None:
-    torch.library.register_fake("pera_fast::residual_norm_forward", lambda *_: None)
-    torch.library.register_fake("pera_fast::residual_norm_backward", lambda *_: None)
+_library.without_result("residual_norm_forward", "residual_norm_backward")
 
 _dispatch.register("residual_norm", "triton", _kernels, _library.why_no_triton)
 _dispatch.register("residual_norm", "cpp", _kernels, _library.why_no_cpp)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,6 @@ import torch
 import tyro
 from PIL import Image
 from rasterio import Affine
-from rasterio._err import CPLE_BaseError
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
@@ -53,6 +51,7 @@ from pera_fast.data.sources import (
     scan,
 )
 from pera_fast.features import Tile, extract
+from pera_fast.files import one_line, whole
 
 _log = logging.getLogger("pera_fast")
 
@@ -315,7 +314,7 @@ def embed_scene(
         backbone.statistics.scale_of(scene.dtype)  # before any work
         tiling = Tiling.over(scene, backbone.patch_px, tile_px, overlap)
         place = _georeference(scene.path, backbone.patch_px)
-        with _whole(out) as partial:
+        with whole(out) as partial:
             project = None if pca is None else _fit_pca_on_scene(backbone, scene, tiling, pca, batch_size)
             tiles = _tile_tokens(backbone, scene, tiling.windows(backbone.patch_px), batch_size)
             total = len(tiling.tops) * len(tiling.lefts)
@@ -471,27 +470,7 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
     except UnreadableImage as error:
         raise DataError(f"cannot read {error}") from None
     except RasterioError as error:
-        raise DataError(f"cannot read {printable(path)}: {_one_line(error)}") from None
-
-
-@contextmanager
-def _whole(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write in a folder of its own, which takes the place of `out` in the end and leaves nothing if it fails.
-
-    DataError when something cannot be written.
-    """
-    target = Path(out)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            partial = Path(folder) / "whole"
-            yield partial
-            partial.replace(target)
-    except (OSError, RasterioError, CPLE_BaseError) as error:
-        raise DataError(f"cannot write {printable(target)}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"cannot read {printable(path)}: {one_line(error)}") from None
 
 
 # --- a map to a picture ---------------------------------------------------------------------------------
@@ -504,7 +483,7 @@ def write_quicklook(path: str | os.PathLike[str], png: str | os.PathLike[str]) -
     cannot be read or the picture not written.
     """
     with (
-        _whole(png) as partial,
+        whole(png) as partial,
         _gdal(),
         _overview(path, _QUICKLOOK_PX) as raster,
         _overview(path, math.isqrt(_QUICKLOOK_VALUES // raster.count)) as coarse,
@@ -580,7 +559,7 @@ def embed_folder(
     schema = pa.schema({"path": pa.string(), "features": pa.list_(kind, backbone.dim)}, metadata=tags)
     skipped = len(bad)
     with (
-        _whole(out) as partial,
+        whole(out) as partial,
         pq.ParquetWriter(partial, schema) as table,
         tqdm(total=len(scenes), unit="image", disable=not progress, leave=False) as bar,
     ):
@@ -591,11 +570,7 @@ def embed_folder(
             for path, reason in found.bad:
                 _log.warning("skipped %s: %s", printable(path), reason)
             skipped += len(found.bad)
-            if not bool(torch.isfinite(found.cls).all()):
-                raise DataError(
-                    f"the network's features of the images under {printable(folder)} are not finite"
-                )
-            values = pa.array(found.cls.numpy().astype(dtype).ravel(), kind)
+            values = pa.array(found.rows.numpy().astype(dtype).ravel(), kind)
             features = pa.FixedSizeListArray.from_arrays(values, backbone.dim)
             table.write_batch(pa.record_batch([pa.array(found.labels, pa.string()), features], schema=schema))
             bar.update(len(group))

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -158,8 +158,8 @@ def knn(
     from sklearn.neighbors import KNeighborsClassifier  # takes a second
 
     classifier = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=_votes)
-    classifier.fit(train.cls.numpy(), train.labels)
-    predicted = classifier.predict(val.cls.numpy())
+    classifier.fit(train.rows.numpy(), train.labels)
+    predicted = classifier.predict(val.rows.numpy())
     classes = sorted(set(train.labels))
     return {
         "top1": float(np.mean(predicted == np.array(val.labels))),
@@ -184,9 +184,8 @@ def _features(
 ) -> tuple[Features, Features]:
     """Of the train and of the val tiles; DataError when they cannot be compared, or a feature is not finite."""
     check_tiles(train_tiles, val_tiles, statistics)
-    vit = cast(VisionTransformer, network)  # all that `extract` asks of it is its first answer
     train, val = (
-        extract(vit, tiles, config, statistics, device, progress=progress)
+        extract(network, tiles, config, statistics, device, progress=progress)
         for tiles in (train_tiles, val_tiles)
     )
     for path, reason in train.bad + val.bad:
@@ -195,8 +194,6 @@ def _features(
         if not features.labels:
             path, reason = features.bad[0]
             raise DataError(f"no {name} image can be read; the first is {printable(path)}: {reason}")
-        if not bool(torch.isfinite(features.cls).all()):
-            raise DataError(f"the network's features of the {name} images are not finite")
     check_classes(train.labels, val.labels)
     return train, val
 
@@ -265,7 +262,7 @@ def linear(
     reading = probes.Reading(backbone, features)
     train, val = _features(reading, config, statistics, train_tiles, val_tiles, device, progress)
     classes = sorted(set(train.labels))
-    x, x_val = train.cls.to(device), val.cls.to(device)
+    x, x_val = train.rows.to(device), val.rows.to(device)
     one_hot = torch.tensor(
         [[float(label == name) for name in classes] for label in train.labels], device=device
     )

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pera_fast.config import Config, ConfigError
-from pera_fast.data.sources import Scene, UnreadableImage, read_windows
+from pera_fast.data.sources import DataError, Scene, UnreadableImage, printable, read_windows
 from pera_fast.data.statistics import Statistics
-from pera_fast.model.vit import VisionTransformer
 
 _THREADS = min(8, os.cpu_count() or 1)
 _MAX_TILES_PER_TASK = 64  # bounds what the decoders hold in memory ahead of the network
@@ -46,7 +45,7 @@ class Tile:
 class Features(NamedTuple):
     """The tiles that could be read, in the order given."""
 
-    cls: Tensor  # float32 [n, D], on the CPU
+    rows: Tensor  # float32 [n, ...], on the CPU: the network's first output of each
     labels: list[str]  # [n], "" for tiles without one
     bad: list[tuple[str, str]]  # (path, reason) of each tile that could not be read
 
@@ -94,7 +93,7 @@ def to_input(pixels: np.ndarray, dtype: str, statistics: Statistics, config: Con
 
 
 def extract(
-    backbone: VisionTransformer,
+    backbone: nn.Module,
     tiles: Sequence[Tile],
     config: Config,
     statistics: Statistics,
@@ -104,11 +103,12 @@ def extract(
 ) -> Features:
     """The class token of every readable tile, resized to the size of a global crop, in float32 throughout.
 
-    Moves `backbone` to `device`. DataError when the statistics have no scale for a tile's dtype.
+    backbone: a VisionTransformer, or another module whose first output is wanted; it is moved to `device`.
+    DataError when the statistics have no scale for a tile's dtype, or what comes out is not finite.
     """
     backbone = backbone.to(device)
     rows: list[Tensor] = []
-    labels: list[str] = []
+    seen: list[Tile] = []
     bad: list[tuple[str, str]] = []
     waiting: list[Tensor] = []
 
@@ -133,13 +133,17 @@ def extract(
             bad.append((image.path, image.reason))
             continue
         waiting.append(image)
-        labels.append(tile.label or "")
+        seen.append(tile)
         if len(waiting) >= batch_size:
             flush()
     if waiting:
         flush()
     bar.close()
-    return Features(torch.cat(rows) if rows else torch.empty(0, config.model.embed_dim), labels, bad)
+    found = torch.cat(rows) if rows else torch.empty(0, config.model.embed_dim)
+    for row, tile in zip(found, seen, strict=True):
+        if not bool(row.isfinite().all()):
+            raise DataError(f"the network's features of {printable(tile.scene.path)} are not finite")
+    return Features(found, [tile.label or "" for tile in seen], bad)
 
 
 def _inputs(

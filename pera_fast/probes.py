@@ -467,11 +467,7 @@ class Segmentation:
                 if features.bad:
                     path, reason = features.bad[0]
                     raise DataError(f"{printable(path)}: {reason}")
-                if not bool(torch.isfinite(features.cls).all()):
-                    raise DataError(
-                        f"the network's features of {printable(tiles[0].scene.path)} are not finite"
-                    )
-                for window, tokens in zip(chunk, features.cls, strict=True):
+                for window, tokens in zip(chunk, features.rows, strict=True):
                     yield window.pair, tokens, next(labels)
                 bar.update(len(chunk))
 

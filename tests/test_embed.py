@@ -566,7 +566,7 @@ def test_folder_becomes_a_table(
     single = [folder / n for n in ("0.png", "4.png", "6.png", "deep/1.png", "deep/3.png", "deep/5.png")]
     assert table["path"].to_pylist() == [str(p) for p in [*single, folder / "shard.tar/in.png"]]
     tiles = [Tile.whole(open_scene(p)) for p in single]
-    expected = extract(NETWORK.vit, tiles, CONFIG, NETWORK.statistics, torch.device("cpu")).cls.numpy()
+    expected = extract(NETWORK.vit, tiles, CONFIG, NETWORK.statistics, torch.device("cpu")).rows.numpy()
     found = np.stack(table["features"].to_numpy())
     np.testing.assert_allclose(found[:-1], expected, atol=2e-3 if dtype == "float16" else 1e-5)
     assert sorted(os.listdir(tmp_path)) == ["a.parquet", "images"]

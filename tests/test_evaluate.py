@@ -72,7 +72,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_perfect_features_are_classified_without_fault(folders: tuple[Path, Path]) -> None:
     train, val = (evaluate.class_folder_tiles(folder) for folder in folders)
-    result = evaluate.knn(MeanColour(), CONFIG, STATISTICS, train, val, k=5)  # type: ignore[arg-type]
+    result = evaluate.knn(MeanColour(), CONFIG, STATISTICS, train, val, k=5)
     assert result == {
         "top1": 1.0, "k": 5, "classes": ["field", "roof", "water"], "train": 24, "val": 15, "skipped": 0,
         "per_class_top1": {"field": 1.0, "roof": 1.0, "water": 1.0},
@@ -119,8 +119,8 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path: Path, folders: tupl
     cut.write_bytes((val / "water" / "0.png").read_bytes()[:400])  # the header is whole, the pixels are not
     tiles, skipped = evaluate._class_folders(val)
     assert (len(tiles), skipped) == (10, 1)
-    features = extract(MeanColour(), tiles, CONFIG, STATISTICS, CPU, batch_size=4)  # type: ignore[arg-type]
-    assert features.cls.shape == (9, 3) and features.cls.dtype == torch.float32
+    features = extract(MeanColour(), tiles, CONFIG, STATISTICS, CPU, batch_size=4)
+    assert features.rows.shape == (9, 3) and features.rows.dtype == torch.float32
     assert features.labels == ["field"] * 3 + ["roof"] * 3 + ["water"] * 3
     assert [path for path, _ in features.bad] == [str(cut)]
 
@@ -142,7 +142,7 @@ def test_features_do_not_depend_on_the_batch(folders: tuple[Path, Path]) -> None
     tiles = evaluate.class_folder_tiles(folders[1])
     backbone = evaluate.untrained_backbone(CONFIG)
     several, single = (
-        extract(backbone, tiles, CONFIG, STATISTICS, CPU, batch_size=size).cls for size in (7, 1)
+        extract(backbone, tiles, CONFIG, STATISTICS, CPU, batch_size=size).rows for size in (7, 1)
     )
     torch.testing.assert_close(several, single)
 
@@ -152,7 +152,7 @@ def test_tiles_of_one_scene_are_cut_where_they_say(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     scene = open_scene(tmp_path / "a.png")
     tiles = [Tile(scene, top, left, 20, 30, None) for top in (0, 40) for left in (0, 30, 60)]
-    found = extract(MeanColour(), tiles, CONFIG, STATISTICS, CPU).cls  # type: ignore[arg-type]
+    found = extract(MeanColour(), tiles, CONFIG, STATISTICS, CPU).rows
     for tile, row in zip(tiles, found, strict=True):
         window, _ = read_window(scene, tile.top, tile.left, 20, 30, bands=None, in_bands=3)
         torch.testing.assert_close(
@@ -229,10 +229,9 @@ def test_little_memory_takes_smaller_batches(tmp_path: Path) -> None:
 
     tiles = evaluate.class_folder_tiles(class_folders(tmp_path, 5))
     plain, small = (
-        extract(net, tiles, CONFIG, STATISTICS, CPU, batch_size=7)  # type: ignore[arg-type]
-        for net in (MeanColour(), Small())
+        extract(net, tiles, CONFIG, STATISTICS, CPU, batch_size=7) for net in (MeanColour(), Small())
     )
-    assert len(plain.cls) == 15 and torch.equal(small.cls, plain.cls) and small.labels == plain.labels
+    assert len(plain.rows) == 15 and torch.equal(small.rows, plain.rows) and small.labels == plain.labels
 
 
 def test_errors_name_what_is_wrong(

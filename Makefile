@@ -15,13 +15,14 @@ train: $(READY)
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Threads wait as in training (pera_fast/_cli.py). Loss and ViT are measured again with a malloc that gives no memory
-# back, as jemalloc or a GPU's allocator would. One file per machine under bench/results/, then the
-# README's table from it.
+# Threads wait as in training (pera_fast/_cli.py). Loss, ViT and step are measured again with a malloc that gives no
+# memory back: training's (pera_fast/run.py), jemalloc and a GPU's allocator give none, either. One file per machine
+# under bench/results/, then the README's table from it.
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench/ --benchmark-only -q --benchmark-json=.benchmark.json $(ARGS)
 	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 $(BIN)/python -m pytest \
-	  bench/bench_distill_loss.py bench/bench_koleo.py bench/bench_vit.py --benchmark-only -q --benchmark-json=.benchmark-malloc.json $(ARGS)
+	  bench/bench_distill_loss.py bench/bench_koleo.py bench/bench_vit.py bench/bench_step.py \
+	  --benchmark-only -q --benchmark-json=.benchmark-malloc.json $(ARGS)
 	$(BIN)/python bench/results.py save .benchmark.json .benchmark-malloc.json
 	$(BIN)/python bench/results.py readme
 

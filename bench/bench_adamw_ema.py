@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 from pera_fast.optim import apex
 
 LR, DECAY, MOMENTUM, EPS, CLIP = 1e-3, 0.04, 0.99, 2e-5, 3.0
@@ -87,7 +86,7 @@ def measure(
     twin, same = (x, None) if model == "ViT-G" else (Parameters.of(model, device), close)
     moved, rate = x.bytes_moved(), bandwidth(device)
     compare(
-        benchmark, op="adamw_ema", backend=_dispatch.resolve("adamw_ema", device).backend, peer=peer, device=device,
+        benchmark, op="adamw_ema", peer=peer, device=device,
         ours=lambda: ours(x), theirs=lambda: theirs(twin), same=same, pairs=3 if model == "ViT-G" else 7,
         shape=f"{model} with heads, {x.numel / 1e6:.0f} M parameters, {moved / x.numel:.0f} bytes each",
         bytes_moved=moved, bandwidth=rate,

@@ -109,7 +109,7 @@ def bench_crop_patches(benchmark, exact: bool, num_threads: int) -> None:
 
     with threads(num_threads):
         compare(
-            benchmark, op="crop_patches", backend=_dispatch.resolve("crop_patches", "cpu").backend,
+            benchmark, op="crop_patches",
             peer=f"{PILLOW} crops of both views, argsort masks", ours=ours, theirs=theirs, same=same, pairs=5,
             shape=f"8 images 512 px, 2x448 + 8x96 pairs, {'exact' if exact else 'float'}, {num_threads} threads",
         )  # fmt: skip
@@ -147,7 +147,7 @@ def bench_batch_memory(benchmark, precision: str) -> None:
         return pillow_views(ours_engine.config, decoded)
 
     compare(
-        benchmark, op="crop_patches", backend=_dispatch.resolve("crop_patches", "cpu").backend,
+        benchmark, op="crop_patches",
         peer=f"{PILLOW} crops of both views, argsort masks", ours=ours, theirs=theirs, pairs=1, dtype=precision,
         shape="64 images 512 px, 2x448 + 8x96 pairs, float",
     )  # fmt: skip
@@ -189,7 +189,7 @@ def bench_crop_patches_against_torchvision(benchmark, exact: bool, device: str) 
         x.numel() * x.element_size() for x in (rows.student_rows, rows.target_pixels, rows.teacher_rows)
     )
     compare(
-        benchmark, op="crop_patches", backend=_dispatch.resolve("crop_patches", device).backend,
+        benchmark, op="crop_patches",
         peer="torchvision v2 on tensors", ours=ours, theirs=theirs, same=same, device=device, dtype="bfloat16",
         shape=f"{len(decoded)} images 512 px, 2x448 + 8x96 pairs, {'exact' if exact else 'float'}", pairs=5,
         bytes=written + decoded.buffer.numel(), images=len(decoded),

@@ -5,7 +5,6 @@ import torch
 from compare import DEVICES, compare
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -32,7 +31,7 @@ def bench_disjoint_masks(benchmark, crops: int, counts: tuple[int, int, int], de
             assert x.shape == y.shape and (x.diff(dim=1) > 0).all() and (y.diff(dim=1) > 0).all()
 
     compare(
-        benchmark, op="disjoint_masks", backend=_dispatch.resolve("disjoint_masks", device).backend,
+        benchmark, op="disjoint_masks",
         peer="argsort + boolean masks", ours=ours, theirs=theirs, same=same, dtype="int64", device=device,
         shape=f"{crops} crops of {patches}",
     )  # fmt: skip

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import HAS_BFLOAT16, NO_BFLOAT16, all_close, compare, near, needs_gpu, seconds_of
+from compare import HAS_BFLOAT16, NO_BFLOAT16, all_close, compare, near, needs_gpu, peak_flops
 from torch import Tensor
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 
 PROTOTYPES, DIM, CROPS = 131072, 384, 10
 
@@ -43,27 +38,6 @@ def materialised(z: list[Tensor], v: list[Tensor], g: list[Tensor], centre: Tens
 def flops(rows: int) -> int:
     """Of the products that any exact method needs: two logits, two gradients."""
     return 4 * 2 * rows * DIM * PROTOTYPES
-
-
-@functools.cache
-def peak_flops(precision: str, device: str = "cpu") -> float:
-    """Best rate of a large square product in this process, per second."""
-    if device == "cuda":
-        b = torch.randn(8192, 8192, dtype=getattr(torch, precision), device=device)
-        return 2 * 8192**3 / min(seconds_of(lambda: b @ b, device) for _ in range(10))
-    a = torch.randn(2048, 2048, dtype=getattr(torch, precision))
-    pixels, kernel = a.view(1, 2048, 1, 2048).permute(0, 3, 1, 2), a[:, :, None, None]
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        # The quicker library for each: oneDNN, which takes float32 as a convolution of one pixel.
-        F.conv2d(pixels, kernel) if precision == "float32" else a @ a.T
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
-
-
-# Set before the process starts, it lasts; both sides run under it.
-MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 
 
 @pytest.mark.parametrize(
@@ -98,9 +72,9 @@ def bench_distill_loss(benchmark, images: int, device: str, precision: str, peer
         near(a[1:], b[1:])  # the gradients are far smaller than any such tolerance
 
     compare(
-        benchmark, op="distill_loss", backend=_dispatch.resolve("distill_loss", device).backend, peer=peer,
+        benchmark, op="distill_loss", peer=peer,
         device=device, ours=ours, theirs=theirs, same=same,
         pairs=1 if images == 64 and device == "cpu" else 3, dtype=precision, flops=flops(images * CROPS),
         peak_flops=peak_flops(precision, device),
-        shape=f"{images} images x {CROPS} crops, {PROTOTYPES} prototypes, fwd+bwd{MALLOC}",
+        shape=f"{images} images x {CROPS} crops, {PROTOTYPES} prototypes, fwd+bwd",
     )  # fmt: skip

@@ -8,7 +8,6 @@ from compare import compare, needs_gpu
 from parameters import Parameters, bandwidth
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 
 
 def measure(benchmark, device: str) -> None:
@@ -34,7 +33,7 @@ def measure(benchmark, device: str) -> None:
     count = sum(t.numel() for t in taught)
     moved = 12 * count + 2 * sum(low.numel() for low, _ in copied)
     compare(
-        benchmark, op="ema_update", backend=_dispatch.resolve("ema_update", device).backend, device=device,
+        benchmark, op="ema_update", device=device,
         peer="_foreach_lerp_, copies", ours=ours, theirs=theirs, same=close, bytes_moved=moved,
         bandwidth=bandwidth(device), shape=f"ViT-B with head, {count / 1e6:.0f} M parameters",
     )  # fmt: skip

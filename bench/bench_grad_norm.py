@@ -8,14 +8,13 @@ from compare import all_close, compare, needs_gpu
 from parameters import Parameters, bandwidth
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 
 
 def measure(benchmark, device: str, dtype: torch.dtype) -> None:
     grads = [g.to(dtype) for g in Parameters.of("ViT-B", device).grads]
     moved = sum(g.numel() * g.element_size() for g in grads)
     compare(
-        benchmark, op="grad_norm", backend=_dispatch.resolve("grad_norm", device).backend, device=device,
+        benchmark, op="grad_norm", device=device,
         peer="torch.nn.utils.get_total_norm", ours=lambda: ops.grad_norm(grads),
         theirs=lambda: torch.nn.utils.get_total_norm(grads), same=all_close(1e-2), bytes_moved=moved,
         bandwidth=bandwidth(device), dtype=str(dtype).removeprefix("torch."),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_distill_loss import MALLOC, PROTOTYPES, inputs, logits
+from bench_distill_loss import PROTOTYPES, inputs, logits
 from compare import all_close, compare, needs_gpu
 from torch import Tensor
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 
 
 @pytest.mark.parametrize(("images", "device"), [(8, "cpu"), pytest.param(64, "cuda", marks=needs_gpu)])
@@ -30,7 +29,7 @@ def bench_koleo(benchmark, images: int, device: str) -> None:
         return [torch.stack(losses), *torch.autograd.grad(sum(losses), leaves)]
 
     compare(
-        benchmark, op="koleo", backend=_dispatch.resolve("koleo", device).backend, peer="materialised logits",
+        benchmark, op="koleo", peer="materialised logits",
         ours=ours, theirs=theirs, same=all_close(1e-4), pairs=3, device=device,
-        shape=f"2 crops of {images} images, {PROTOTYPES} prototypes, fwd+bwd{MALLOC}",
+        shape=f"2 crops of {images} images, {PROTOTYPES} prototypes, fwd+bwd",
     )  # fmt: skip

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_distill_loss import peak_flops
-from compare import all_close, compare, near, needs_bfloat16
+from compare import all_close, compare, near, needs_bfloat16, peak_flops
 from torch import Tensor
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
@@ -30,7 +28,7 @@ def bench_linear(benchmark, features: int, dim: int, dtype: str) -> None:
         return [out, *torch.autograd.grad(out, (x, weight, bias), gradient)]
 
     compare(
-        benchmark, op="linear", backend=_dispatch.resolve("linear", "cpu").backend, peer="F.linear",
+        benchmark, op="linear", peer="F.linear",
         ours=lambda: run(ops.linear), theirs=lambda: run(F.linear), pairs=15,
         same=near if dtype == "bfloat16" else all_close(1e-2),
         flops=6 * rows * features * dim, peak_flops=peak_flops(dtype), dtype=dtype,
@@ -46,7 +44,7 @@ def bench_linear_forward(benchmark, features: int, dim: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((rows, features), (dim, features), (dim,)))
     compare(
-        benchmark, op="linear", backend=_dispatch.resolve("linear", "cpu").backend, peer="F.linear",
+        benchmark, op="linear", peer="F.linear",
         ours=lambda: ops.linear(x, weight, bias), theirs=lambda: F.linear(x, weight, bias), pairs=25,
         same=lambda a, b: near([a], [b]), flops=2 * rows * features * dim, peak_flops=peak_flops("bfloat16"),
         dtype="bfloat16", shape=f"{rows} rows, {features} to {dim}, forward",

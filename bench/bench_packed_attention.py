@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_distill_loss import peak_flops
-from compare import all_close, compare, near, needs_bfloat16, needs_gpu
+from compare import all_close, compare, near, needs_bfloat16, needs_gpu, peak_flops
 from torch import Tensor
 
 from pera_fast import ops
@@ -28,7 +26,6 @@ MIXES = {
     "locals, teacher": [(8, 23)],
     "globals, student": [(2, 315)],
 }
-MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 Groups = list[tuple[int, int]]
 
 
@@ -95,12 +92,12 @@ def bench_packed_attention(
 
     name = str(dtype).removeprefix("torch.")
     compare(
-        benchmark, op="packed_attention", backend=_dispatch.resolve("packed_attention", "cpu").backend,
+        benchmark, op="packed_attention",
         peer=peer, ours=lambda: run(ops.packed_attention), theirs=lambda: run(PEERS[peer]),
         same=all_close(2e-2 if dtype == torch.bfloat16 else 1e-4), pairs=9,
         dtype=name, peak_flops=peak_flops(name),
         flops=14 * sum(n * length**2 for n, length in groups) * heads * HEAD_DIM,
-        shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, {model}, fwd+bwd{MALLOC}",
+        shape=f"{mix}: {' + '.join(f'{n}x{length}' for n, length in groups)}, {model}, fwd+bwd",
     )  # fmt: skip
 
 

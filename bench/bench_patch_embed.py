@@ -9,28 +9,10 @@ import torch
 from baselines.eager_step import masks, tokens
 from compare import all_close, compare, needs_bfloat16, needs_gpu
 from torch import Tensor
-from workload import batch, small_vit_s, statistics
+from workload import batch, small_vit_s, statistics, whole_views
 
 from pera_fast.distributed import World
 from pera_fast.engine import Engine
-from pera_fast.model.pera import Patches
-from pera_fast.ops import _dispatch
-
-
-def whole_views(patches: Patches, size: int, crop_px: int) -> list[Tensor]:
-    """Student and teacher views of one crop size, float32, put together from the patches; the rest is zero."""
-    views = []
-    for name, rows in (("student", patches.student_rows), ("teacher", patches.teacher_rows)):
-        sets = [getattr(group, name) for group in patches.groups]
-        counts = [(len(s), 1 + s.shape[1]) for s in sets]
-        part = rows.split([n * count for n, count in counts])[size].view(*counts[size], -1)[:, 1:].float()
-        grid, n = crop_px // 16, len(part)
-        every = part.new_zeros(n, grid**2, part.shape[2]).scatter_(
-            1, sets[size][:, :, None].expand_as(part), part
-        )
-        tiles = every.view(n, grid, grid, -1, 16, 16).permute(0, 3, 1, 4, 2, 5)
-        views.append(tiles.reshape(n, -1, crop_px, crop_px))
-    return views
 
 
 @pytest.mark.parametrize(("dim", "name"), [(384, "ViT-S"), (768, "ViT-B")])
@@ -86,7 +68,7 @@ def measure(benchmark, dim: int, name: str, precision: str, images: int, device:
         return [torch.cat(seen), torch.cat(taught), *gradients]
 
     compare(
-        benchmark, op="patch_embed", backend=_dispatch.resolve("patch_embed", device).backend,
+        benchmark, op="patch_embed",
         peer="convolution over all patches, boolean masks",
         ours=ours, theirs=theirs, same=all_close(2e-2 if precision == "bf16" else 1e-3), dtype=precision,
         shape=f"{name}, {images} images 512 px, 2x448 + 8x96 pairs, student fwd+bwd, teacher fwd", pairs=5,

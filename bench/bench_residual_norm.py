@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +11,6 @@ from compare import all_close, compare, near, needs_gpu
 from torch import Tensor
 
 from pera_fast import ops
-from pera_fast.ops import _dispatch
-
-MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 
 
 def chain(
@@ -79,9 +75,9 @@ def bench_residual_norm(
         return finish(added, normed.to(dtype))
 
     compare(
-        benchmark, op="residual_norm", backend=_dispatch.resolve("residual_norm", device).backend,
+        benchmark, op="residual_norm",
         device=device, peer=peer, ours=ours, theirs=theirs,
         same=all_close(1e-3) if dtype == torch.float32 else near, pairs=9,
         dtype=str(dtype).removeprefix("torch."),
-        shape=f"{sequences}x{length} rows of {dim}, 70 % subsets, fwd+bwd{MALLOC}",
+        shape=f"{sequences}x{length} rows of {dim}, 70 % subsets, fwd+bwd",
     )  # fmt: skip

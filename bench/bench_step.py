@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 from baselines import eager_step, pillow_augment
-from bench_distill_loss import peak_flops
-from bench_patch_embed import whole_views
-from compare import all_close, compare, keep, needs_bfloat16, needs_gpu, peak_bytes
+from compare import all_close, compare, keep, needs_bfloat16, needs_gpu, peak_bytes, peak_flops
 from torch import Tensor
-from workload import IMAGENET, batch, statistics
+from workload import IMAGENET, batch, statistics, whole_views
 
 from pera_fast.config import PRESETS, Config
 from pera_fast.distributed import World

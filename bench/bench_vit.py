@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from baselines import eager_step
-from bench_patch_embed import whole_views
 from compare import all_close, compare, near, needs_bfloat16, needs_gpu, peak_bytes
 from torch import Tensor
-from workload import batch, statistics
+from workload import batch, statistics, whole_views
 
 from pera_fast.config import PRESETS, Config
 from pera_fast.distributed import World
@@ -24,7 +22,6 @@ from pera_fast.model.pera import Patches, draw_subsets
 from pera_fast.model.vit import Mlp
 from pera_fast.ops import _dispatch
 
-MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 BOTH = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bfloat16)])
 
 
@@ -101,7 +98,7 @@ def measure(
     compare(
         benchmark, op="vit", backend=backend, peer=peer, ours=ours, theirs=theirs, device=device,
         same=near if precision == "bf16" else all_close(1e-3), dtype=precision, pairs=3,
-        shape=f"{name}, {images} images, drop path {drop_path}, student fwd+bwd, teacher fwd{MALLOC}",
+        shape=f"{name}, {images} images, drop path {drop_path}, student fwd+bwd, teacher fwd",
     )  # fmt: skip
 
 
@@ -134,7 +131,7 @@ def bench_recompute(benchmark, precision: str, recompute: str) -> None:
         benchmark, op="vit", backend="cpp", peer="recompute none", ours=lambda: student(recompute),
         theirs=lambda: student("none"), same=near if precision == "bf16" else all_close(1e-3), dtype=precision,
         pairs=2, bytes_per_image=per_image,
-        shape=f"ViT-S student, 4 images, recompute {recompute}{MALLOC}",
+        shape=f"ViT-S student, 4 images, recompute {recompute}",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -18,10 +19,11 @@ import numpy as np
 import PIL
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pera_fast
-from pera_fast.ops import _library
+from pera_fast.ops import _dispatch, _library
 
 ROOT = Path(__file__).parent.parent
 # Elsewhere torch's products of bfloat16 take a hundred times as long as those of float32.
@@ -30,6 +32,8 @@ NO_BFLOAT16 = "this processor has no bfloat16 instructions"
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason=NO_BFLOAT16)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU visible")
 _HEAD_START = 2_000_000  # GPU cycles, about a millisecond, in which the host launches what is timed
+# Set before the process starts, it lasts; both sides run under it.
+_MALLOC = ", page-fault-free malloc" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else ""
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
@@ -37,11 +41,11 @@ def compare(
     benchmark: Any,
     *,
     op: str,
-    backend: str,
     peer: str,
     ours: Callable[[], Any],
     theirs: Callable[[], Any],
     shape: str,
+    backend: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     same: Callable[[Any, Any], None] | None = None,
@@ -51,6 +55,7 @@ def compare(
 ) -> float:
     """Measure `ours` against `theirs`; returns ratio_vs_peer, the median of their times' ratios (> 1: ours faster).
 
+    backend: None for the one that the op takes on the device.
     same: raises when the two outputs differ; None only where the peer draws its own random numbers.
     peak: our peak_bytes, where they were measured before.
     Fills benchmark.extra_info, and keeps it so that it is not lost where a later benchmark hangs. The plugin's own
@@ -68,10 +73,10 @@ def compare(
     ratios = sorted(t / o for o, t in times)
     benchmark.extra_info.update(
         op=op,
-        backend=backend,
+        backend=backend or _dispatch.resolve(op, device).backend,
         device=device_name(device),
         dtype=dtype,
-        shape=shape,
+        shape=shape + _MALLOC,
         peer=peer,
         ratio_vs_peer=statistics.median(ratios),
         ratio_spread=[ratios[0], ratios[-1]],
@@ -133,6 +138,23 @@ def seconds_of(function: Callable[[], Any], device: str) -> float:
     elapsed = time.perf_counter() - begun
     del result
     return elapsed
+
+
+@functools.cache
+def peak_flops(precision: str, device: str = "cpu") -> float:
+    """Best rate of a large square product in this process, per second."""
+    if device == "cuda":
+        b = torch.randn(8192, 8192, dtype=getattr(torch, precision), device=device)
+        return 2 * 8192**3 / min(seconds_of(lambda: b @ b, device) for _ in range(10))
+    a = torch.randn(2048, 2048, dtype=getattr(torch, precision))
+    pixels, kernel = a.view(1, 2048, 1, 2048).permute(0, 3, 1, 2), a[:, :, None, None]
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        # The quicker library for each: oneDNN, which takes float32 as a convolution of one pixel.
+        F.conv2d(pixels, kernel) if precision == "float32" else a @ a.T
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
 
 
 def _warm_up(*functions: Callable[[], Any]) -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pera_fast.config import PRESETS, Config
 from pera_fast.data.crops import draw_crops
 from pera_fast.data.loader import Batch, Sample, collate
 from pera_fast.data.statistics import Statistics
+from pera_fast.model.pera import Patches
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -57,3 +59,19 @@ def batch(config: Config, images: int, px: int = 512) -> Batch:
         for seed in range(images)
     ]
     return collate(samples)
+
+
+def whole_views(patches: Patches, size: int, crop_px: int) -> list[Tensor]:
+    """Student and teacher views of one crop size, float32, put together from the patches; the rest is zero."""
+    views = []
+    for name, rows in (("student", patches.student_rows), ("teacher", patches.teacher_rows)):
+        sets = [getattr(group, name) for group in patches.groups]
+        counts = [(len(s), 1 + s.shape[1]) for s in sets]
+        part = rows.split([n * count for n, count in counts])[size].view(*counts[size], -1)[:, 1:].float()
+        grid, n = crop_px // 16, len(part)
+        every = part.new_zeros(n, grid**2, part.shape[2]).scatter_(
+            1, sets[size][:, :, None].expand_as(part), part
+        )
+        tiles = every.view(n, grid, grid, -1, 16, 16).permute(0, 3, 1, 4, 2, 5)
+        views.append(tiles.reshape(n, -1, crop_px, crop_px))
+    return views

@@ -52,7 +52,7 @@ def point(facts: dict[str, Any]) -> None:
     from pera_fast.config import PRESETS
     from pera_fast.distributed import world
     from pera_fast.engine import Engine
-    from pera_fast.run import _peak_memory_bytes
+    from pera_fast.records import peak_memory_bytes
     from pera_fast.schedules import StepValues
 
     values = StepValues(lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temperature=0.04)
@@ -91,7 +91,7 @@ def point(facts: dict[str, Any]) -> None:
             seconds.append(time.perf_counter() - started)
         rate = facts["images"] * on.ranks / statistics.median(seconds)
         if on.is_first:
-            print(json.dumps({"images_per_second": rate, "peak_bytes": _peak_memory_bytes(on.device)}))
+            print(json.dumps({"images_per_second": rate, "peak_bytes": peak_memory_bytes(on.device)}))
         if facts["side"] != "eager":
             del engine
         del step

@@ -5,11 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import math
 import os
-import resource
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,12 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import pera_fast
 from pera_fast import batch, checkpoint
-from pera_fast.config import Config, ConfigError, load_yaml, save_yaml, to_dict
+from pera_fast.config import Config, ConfigError
 from pera_fast.data.index import fingerprint, scan_or_open
 from pera_fast.data.loader import Batch, WindowDataset, make_loader
 from pera_fast.data.sources import DataError, SceneIndex, printable
@@ -35,8 +30,9 @@ from pera_fast.distributed import World
 from pera_fast.engine import Engine, Preempted, StepReport, TrainingStopped
 from pera_fast.evaluate import check_tiles, class_folder_tiles, compare_with_untrained, knn, scene_halves
 from pera_fast.features import Tile
-from pera_fast.files import whole, write_whole
-from pera_fast.health import Watch
+from pera_fast.files import write_whole
+from pera_fast.records import Records, peak_memory_bytes
+from pera_fast.run_folder import check_out, check_same_run, differences, settings
 from pera_fast.schedules import Schedules, StepValues
 
 _log = logging.getLogger("pera_fast")
@@ -51,12 +47,12 @@ class Run:
         self.out = Path(config.run.out).resolve()
         # Before the work rather than after it: folders that cannot be written or evaluated are refused here.
         if world.is_first:
-            _check_out(self.out)
-            _check_same_run(self.out, config)
+            check_out(self.out)
+            check_same_run(self.out, config)
         self._eval_tiles = self._class_folders()
         found = self._checkpoint() if config.run.resume else None
         # Folders of each machine's own would go unnoticed: ranks would part, or wait for each other.
-        world.agree(**_settings(config), checkpoint=f"step {found.step}" if found else "none")
+        world.agree(**settings(config), checkpoint=f"step {found.step}" if found else "none")
         self.index = self._index()
         checksum = fingerprint(self.index.scenes, config.data.data or DEMO_SCENES)
         world.agree(data=f"{len(self.index.scenes)} images of checksum {checksum:08x}")
@@ -180,7 +176,7 @@ class Run:
         if self._predicted_bytes is not None and step == first_usual:
             device = self.world.device
             _log.info(
-                "peak memory %.2f GB%s, predicted %.2f GB", _peak_memory_bytes(device) / 1e9,
+                "peak memory %.2f GB%s, predicted %.2f GB", peak_memory_bytes(device) / 1e9,
                 f" in {torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB of blocks" if device.type == "cuda" else "",
                 self._predicted_bytes / 1e9,
             )  # fmt: skip
@@ -304,7 +300,7 @@ class Run:
                 _log.info("no checkpoint in %s yet: starting at step 0", self.out)
             return None
         found = checkpoint.Checkpoint.open(self.out)
-        for section, name, then, now in _differences(found.config, self.config):
+        for section, name, then, now in differences(found.config, self.config):
             # What the network sees and is must stay; the rest may change, and is said.
             if (section in ("model", "crops") and name != "activation") or name == "bands":
                 raise ConfigError(
@@ -339,238 +335,6 @@ class Run:
             )
 
 
-class Records:
-    """metrics.jsonl, TensorBoard events, config.yaml and the progress bar; silent on ranks after the first."""
-
-    def __init__(
-        self, out: Path, config: Config, world: World, start_step: int, total_steps: int, is_new: bool
-    ) -> None:
-        self.out, self.config, self.world = out, config, world
-        self._skipped_steps, self._images, self._waited = 0, 0, 0.0
-        self._watch = Watch(config.model.num_prototypes)
-        self._tensorboard: SummaryWriter | None = None
-        self._since = time.perf_counter()
-        self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", disable=not world.is_first, dynamic_ncols=True,
-            mininterval=1.0,
-        )  # fmt: skip
-        if not world.is_first:
-            return
-        if is_new:
-            move_aside(out)
-        out.mkdir(parents=True, exist_ok=True)
-        self._metrics_path = out / "metrics.jsonl"
-        try:
-            with whole(out / "config.yaml") as partial:
-                save_yaml(config, partial)
-            self._forget_after(start_step)
-            self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
-        except (DataError, OSError) as error:
-            self._not_written("the records of a run that begins", error)
-
-    def step(
-        self,
-        step: int,
-        epoch: float,
-        report: StepReport,
-        values: StepValues,
-        images: int,
-        waited: float,
-        bad: int,
-        health: dict[str, float],
-    ) -> None:
-        """Take note of one step; every log_every steps, and at the last, write what came together."""
-        self._skipped_steps += report.skipped
-        self._images += images
-        self._waited += waited
-        self._bar.update()
-        if step % self.config.run.log_every and step != self._bar.total:
-            return
-        seconds = time.perf_counter() - self._since
-        line = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "loss": report.losses["total"],
-            **{name: value for name, value in report.losses.items() if name != "total"},
-            "lr": values.lr,
-            "weight_decay": values.weight_decay,
-            "momentum": values.momentum,
-            "teacher_temperature": values.teacher_temperature,
-            "grad_norm": report.grad_norm,
-            "images_per_second": self._images / seconds,
-            "data_wait_share": self._waited / seconds,
-            "peak_memory_bytes": _peak_memory_bytes(self.world.device),
-            "skipped_steps": self._skipped_steps,
-            "bad_images": bad,
-            **health,
-        }
-        if health and self.world.is_first:  # all ranks have it where prototypes are shared out
-            for sentence in self._watch.look(line):
-                _log.warning("%s", sentence)
-        self._bar.set_postfix(
-            loss=f"{line['loss']:.3f}", images_per_second=f"{line['images_per_second']:.1f}"
-        )
-        self._write(line)
-        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
-
-    def value(self, step: int, name: str, value: float) -> None:
-        """Record one value outside the regular lines; the time since the last line does not count."""
-        self._write({"step": step, name: value})
-        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
-
-    def images(self, step: int, images: Sequence[tuple[str, np.ndarray, int | None]]) -> None:
-        """The report's images into TensorBoard, in a file of their own, as they are made after the last step.
-
-        images: tag, pixels [H, W, 3] in 0..1, and the step they show, or None for `step`, the last one.
-        """
-        try:
-            with SummaryWriter(str(self.out / "tensorboard"), filename_suffix=".images") as events:
-                for tag, image, at in images:
-                    events.add_image(tag, image, step if at is None else at, dataformats="HWC")
-        except OSError as error:
-            self._not_written("TensorBoard's images", error)
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._tensorboard is not None:
-            try:
-                self._tensorboard.close()
-            except OSError as error:
-                _log.warning("TensorBoard's events are not whole: %s", error.strerror or error)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if not self.world.is_first:
-            return
-        # JSON has no NaN; null keeps the line readable by every parser.
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        size = self._metrics_path.stat().st_size if self._metrics_path.exists() else 0
-        try:
-            with self._metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain) + "\n")
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(self._metrics_path, size)  # no half line
-            self._not_written(f"the records of step {line['step']}", error)
-        try:
-            for name, value in line.items():
-                if name != "step" and self._tensorboard is not None:
-                    self._tensorboard.add_scalar(name, value, line["step"])
-        except OSError as error:
-            self._tensorboard = None  # its writer does not recover; metrics.jsonl holds the same
-            self._not_written("TensorBoard's events, which end here,", error)
-
-    def _not_written(self, what: str, error: Exception) -> None:
-        sentence = f"{what} cannot be written to {self.out}: {getattr(error, 'strerror', None) or error}"
-        if self.config.run.on_write_error == "stop":
-            raise TrainingStopped(sentence) from error
-        _log.warning("%s; the run goes on", sentence)
-
-    def _forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run does again, and a line cut short by a crash."""
-        if not self._metrics_path.exists():
-            return
-        kept = []
-        for text in self._metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(text)["step"] <= step:
-                    kept.append(text + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_whole(self._metrics_path, "".join(kept))
-
-
-_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")  # a folder with one of these holds a run
-
-
-def _check_out(out: Path) -> None:
-    """ConfigError unless `out` is or can become a folder of ours: new, empty, or an earlier run's."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"out: expected a folder that can be written, got {out}: {error.strerror}"
-        ) from None
-    if any(out.iterdir()) and not any((out / mark).exists() for mark in _MARKS):
-        raise ConfigError(
-            f"out: expected a new or empty folder or an earlier run's, got {out} with other files"
-        )
-
-
-def _differences(then: Config, now: Config) -> list[tuple[str, str, Any, Any]]:
-    """(section, name, then, now) of each value that differs, but for where a run is and how far it goes."""
-    a, b = to_dict(then), to_dict(now)
-    return [
-        (section, name, a[section][name], value)
-        for section in b
-        for name, value in b[section].items()
-        if a[section][name] != value and name not in ("resume", "max_steps", "out", "workers", "report")
-    ]
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """What all ranks must be told alike: folders may have other names on another machine."""
-    own = ("data", "index", "stats", "out", "workers")
-    return {
-        name: value
-        for section in to_dict(config).values()
-        for name, value in section.items()
-        if name not in own
-    }
-
-
-def _check_same_run(out: Path, config: Config) -> None:
-    """ConfigError where `out` holds a run with other values, unless --resume goes on with it."""
-    if config.run.resume or not (out / "config.yaml").exists():
-        return
-    try:
-        then = load_yaml(out / "config.yaml")
-    except ConfigError:
-        return  # cut off, or of another version: moved aside like a run of the same values
-    # Where these are left to be chosen, numbers are recorded.
-    chosen = ("batch_size", "accumulate", "global_batch")
-    is_chosen = config.run.batch_size == "auto" or config.run.global_batch is not None
-    found = [
-        f"{name} {before}, now {value}"
-        for _, name, before, value in _differences(then, config)
-        if not (is_chosen and name in chosen)
-    ]
-    if found:
-        raise ConfigError(
-            f"out: {out} holds a run with other values ({'; '.join(found)}): expected another --out, "
-            "--resume to go on with that run, or that folder moved away"
-        )
-
-
-def move_aside(out: Path) -> None:
-    """Rename an earlier run's folder, so that a new run of the same name loses nothing."""
-    if not any((out / mark).exists() for mark in _MARKS):
-        return
-    aside = _unused(out.parent, f"{out.name}.old")
-    try:
-        out.rename(aside)
-    except OSError:  # a mount point, or in a folder of somebody else's: within it, then
-        entries = [entry for entry in out.iterdir() if not entry.name.startswith("old-")]
-        aside = _unused(out, "old")
-        try:
-            aside.mkdir()
-            for entry in entries:
-                entry.rename(aside / entry.name)
-        except OSError as error:
-            raise ConfigError(
-                f"out: {out} holds an earlier run that cannot be moved aside: {error.strerror}; expected another --out"
-            ) from None
-    _log.info("the earlier run in %s is now in %s", out, aside)
-
-
-def _unused(folder: Path, name: str) -> Path:
-    number = 1
-    while (path := folder / f"{name}-{number}").exists():
-        number += 1
-    return path
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -586,13 +350,3 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):  # getrusage's peak may be that of the process this one was forked from
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -30,7 +30,7 @@ from pera_fast.evaluate import untrained_backbone
 from pera_fast.features import Tile
 from pera_fast.model.vit import VisionTransformer
 from pera_fast.pictures import Picture, SeenTile
-from pera_fast.run import Records
+from pera_fast.records import Records
 from pera_fast.train import train
 
 CURVES = ("summary", "losses", "schedules", "health", "speed")
